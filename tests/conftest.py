@@ -1,0 +1,36 @@
+"""Which tests run: `pytest` leaves out those marked slow, gpu or net; `pytest --all` runs them too (gpu only where CUDA is).
+`pytest -m net` and the like pick for themselves."""
+import os
+from pathlib import Path
+
+import pytest
+
+# Known corpora that lie beside the checkout serve like those that TEXTGEN_DATA names.
+BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
+if BESIDE.is_dir(): os.environ.setdefault("TEXTGEN_DATA", str(BESIDE))
+
+MARKERS = {
+    "slow": "takes longer than a few seconds",
+    "gpu": "needs a CUDA device",
+    "net": "needs the network",
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also run the tests marked slow, gpu and net")
+
+
+def pytest_configure(config):
+    for name, meaning in MARKERS.items(): config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.all and not config.option.markexpr:
+        left_out = [item for item in items if any(item.get_closest_marker(name) for name in MARKERS)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        import torch
+        if not torch.cuda.is_available():
+            for item in on_gpu: item.add_marker(pytest.mark.skip(reason="no CUDA device"))
