@@ -186,8 +186,9 @@ def fit(
         raise UsageError(f"prompt of {len(ids)} tokens is longer than the model's context of {limit}; "
                          "shorten it, or use overflow='slide' to keep its end")
     if config.overflow == "error" and len(ids) + config.max_new_tokens > limit:
+        mend = f"ask for at most {limit - len(ids)}" if len(ids) < limit else "shorten the prompt"
         raise UsageError(f"{len(ids)} prompt tokens + max_new_tokens={config.max_new_tokens} exceed the model's "
-                         f"context of {limit}; ask for at most {limit - len(ids)}, or use overflow='slide'")
+                         f"context of {limit}; {mend}, or use overflow='slide'")
     return ids[-limit:]
 
 # %% ../nbs/00_core.ipynb #d00269b8
@@ -276,11 +277,17 @@ def load(
         name = MODEL_TYPES.get(kind, kind)
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"{config} is damaged: it must be JSON with a model_type; save the model again") from None
-    return resolve("generators", name).load(path)
+    try:
+        generator = resolve("generators", name)
+    except UsageError:
+        raise UsageError(f"{config}: no model of type {kind!r} is known here; {suggest(kind, MODEL_TYPES)}") from None
+    return generator.load(path)
 
 # %% ../nbs/00_core.ipynb #28fae3a2
 def _what_is_missing(path: Path) -> str:
     "Why `path` cannot be loaded, and the mend."
+    if path.is_file():
+        return "it is a file, and a model is a directory with a config.json; name its directory"
     if not path.is_dir():
         return "no such directory; `textgen train demo` makes a first model in runs/demo"
     if (path / "config.yaml").is_file():
