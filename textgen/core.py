@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REGISTRY', 'MODEL_TYPES', 'TextgenError', 'UsageError', 'suggest', 'GenerationConfig', 'parse', 'uniforms',
            'derive_seed', 'seed_everything', 'Piece', 'Generation', 'TextGenerator', 'fit', 'plan', 'pieces', 'collect',
-           'register', 'resolve', 'load', 'atomic_path']
+           'register', 'registered', 'resolve', 'load', 'atomic_path']
 
 # %% ../nbs/00_core.ipynb #07afeb8a
 import contextlib
@@ -212,7 +212,7 @@ def plan(
 # %% ../nbs/00_core.ipynb #75c1a9af
 def pieces(model: TextGenerator, rows: list[list[int]], seeds: list[int], config: GenerationConfig) -> Iterator[Piece]:
     "Decode tokens as they come; what is not yet a whole character waits."
-    decoders, waiting = [model.tokenizer.stream_decoder() for _ in rows], [[] for _ in rows]
+    decoders, waiting = [model.tokenizer.stream_decoder(row) for row in rows], [[] for _ in rows]
     for row, token, reason in model.tokens(rows, seeds, config):
         text = ""
         if token is not None:
@@ -239,12 +239,13 @@ REGISTRY = {
     "generators": {"gpt": "textgen.engine:GPT"},
     "tokenizers": {},
     "metrics": {},
+    "commands": {"data": "textgen.data_commands:app"},
 }
 MODEL_TYPES = {"gpt2": "gpt"}  # the model_type of a config.json -> the generator that reads it
 
 
 def register(
-    kind: str,  # "generators", "tokenizers" or "metrics"
+    kind: str,  # "generators", "tokenizers", "metrics" or "commands"
     name: str,  # a new name, or one to replace
     target,  # "module:Class", or the object itself
 ):
@@ -253,10 +254,15 @@ def register(
         raise UsageError(f"unknown registry {kind!r}; {suggest(kind, REGISTRY)}")
     REGISTRY[kind][name] = target
 
+# %% ../nbs/00_core.ipynb #e73da8f6
+def registered(kind: str) -> dict:  # name -> "module:Class", or the object itself
+    "All that is known by name, from here and from other packages' entry points."
+    return {**{point.name: point.value for point in entry_points(group=f"textgen.{kind}")}, **REGISTRY[kind]}
+
 
 def resolve(kind: str, name: str):
-    "Load what `name` stands for, from here or from another package's entry point; raises UsageError."
-    known = {**{point.name: point.value for point in entry_points(group=f"textgen.{kind}")}, **REGISTRY[kind]}
+    "Load what `name` stands for; raises UsageError."
+    known = registered(kind)
     if name not in known:
         raise UsageError(f"unknown {kind[:-1]} {name!r}; {suggest(name, known)}")
     if not isinstance(known[name], str):
