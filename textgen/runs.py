@@ -156,7 +156,8 @@ def beginnings(
 def write_samples(run, model) -> dict:  # "samples": prompts and texts; "grammatical": the share of stories that parse
     "Let a trained model write; same seed, same text."
     sample, seed, found = run.config.sample, run.config.seed, {"samples": []}
-    prompts = beginnings("".join(run.prepared.texts("validation")), sample.prompts)
+    held_out = run.prepared.tokenizer.decode(run.prepared.split("validation").tokens[:2**20])
+    prompts = beginnings(held_out, sample.prompts)
     for i, prompt in enumerate(prompts):
         text = model.generate(prompt, seed=derive_seed(seed, i), overflow="slide")[0].text
         found["samples"].append({"prompt": prompt, "text": text})

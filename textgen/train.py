@@ -24,7 +24,6 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import yaml
-from numpy.lib.stride_tricks import sliding_window_view
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -34,7 +33,7 @@ from .corpus import compare
 from .data import Chunks, Prepared, Split, batch_order, prepare
 from .decoder import Decoder, DecoderConfig
 from .engine import GPT, document_nll, find_device, token_nll
-from .tokenizer import load_tokenizer
+from .tokenizer_io import load_tokenizer
 
 # %% ../nbs/08_train.ipynb #4675e56f
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -148,9 +147,8 @@ class DocumentRows(Chunks):
         part: Split,  # whose documents have an end mark
         length: int,  # L, tokens in a row; what is left of it after a document holds the next ones
     ):
-        super().__init__(part.tokens, length)
+        super().__init__(part.tokens, length, stride=1)
         starts = part.documents[1:-1] - np.arange(len(part.documents) - 2) % 2  # odd ones at the mark
-        self.rows = sliding_window_view(part.tokens, length + 1)
         self.starts = starts[starts < len(self.rows)]
 
     def __len__(self):
@@ -191,8 +189,9 @@ class TrainConfig(BaseModel):
     recipe: str  # its name
     seed: int = Field(ge=0, lt=2**32)  # fixes weights, order, dropout and samples
     device: str  # "auto", "cpu", "cuda", "cuda:1", ...
-    data: str  # a named dataset, a text file or a folder of them
-    data_options: dict[str, int]  # of a named dataset: how many stories, ...
+    data: str  # a named dataset, here or on the hub; a file, a folder or a pattern
+    data_options: dict[str, bool | int | str]  # of a named dataset: how many stories, ...; of files: lines, column
+    clean: tuple[str, ...] = ()  # steps of cleaning, in their order
     tokenizer: str  # "char", "bpe:SIZE", "gpt2" or a directory
     val_fraction: float = Field(gt=0, lt=1)  # held out from the end of a text that has no split of its own
     model: ModelConfig
@@ -298,7 +297,8 @@ def start(
     progress: bool = False,  # show a bar while data is prepared
 ) -> Run:  # raises UsageError when recipe and data do not fit
     "A run at step 0: seeds, data, model, optimizers."
-    prepared = prepare(config.data, config.tokenizer, root, config.val_fraction, progress, **config.data_options)
+    prepared = prepare(config.data, config.tokenizer, root, config.val_fraction, config.clean, None, progress,
+                       **config.data_options)
     device = find_device(config.device)
     check(config, prepared)
     seed_everything(config.seed)
