@@ -58,9 +58,28 @@ def test_help_is_quick_and_teaches():
     assert time.perf_counter() - began < 3 and done.returncode == 0   # 0.1 s on an idle machine
     assert "train" in done.stdout and "generate" in done.stdout and "data" in done.stdout
     assert textgen("", ROOT).stdout == done.stdout
-    for command in ["train", "generate", "data prepare"]:
+    for command in ["train", "generate"]:
         shown = textgen(f"{command} --help", ROOT).stdout
         assert re.search(rf"Examples?:\n +textgen {command} ", shown), shown
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_command_of_another_package(broken, tmp_path):
+    "An entry point of the group textgen.commands is a command; one that cannot be loaded takes no other with it."
+    (tmp_path/"shouting-1.0.dist-info").mkdir()
+    (tmp_path/"shouting-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: shouting\nVersion: 1.0\n")
+    (tmp_path/"shouting-1.0.dist-info/entry_points.txt").write_text("[textgen.commands]\nshout = shouting:app\ntrain = shouting:app\n")
+    (tmp_path/"shouting.py").write_text("import nothing_at_all\n" if broken else (
+        "import typer\napp = typer.Typer()\n@app.command()\ndef louder(text: str):\n    'Say it louder.'\n    print(text.upper())\n"))
+    env = {**environment(), "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    shown, done = (subprocess.run([*PROGRAM, *words], cwd=tmp_path, env=env, capture_output=True, text=True)
+                   for words in (["--help"], ["shout", "what a fox"]))
+    assert shown.returncode == 0 and "generate" in shown.stdout and ("Say it louder." in shown.stdout) == (not broken)
+    assert "Train a model by a recipe." in shown.stdout  # ours stay ours
+    if broken:
+        line = "the command 'shout' is left out: shouting:app cannot be loaded (ModuleNotFoundError)\n"
+        assert shown.stderr == line and done.stderr.startswith(f"{line}error: No such command 'shout'") and done.returncode == 2
+    else: assert (done.returncode, done.stdout, done.stderr) == (0, "WHAT A FOX\n", "")
 
 
 def test_version():
@@ -133,19 +152,6 @@ def test_broken_pipe_is_quiet(work):
     command = shlex.join([*PROGRAM, "generate", "--model", "runs/fox", "--prompt", "The fox", "--max-new-tokens", "20000"])
     done = subprocess.run(f"{command} | head -c 5", shell=True, cwd=work, env=environment(), capture_output=True, text=True, timeout=60)
     assert done.stdout == "The f" and done.stderr == ""
-
-
-def test_data_prepare(work):
-    "How much there is of each split, and that the second time nothing is made again."
-    first = textgen("data prepare fable.txt --tokenizer bpe:300", work)
-    rows = {line.split()[0]: [int(word.replace(",", "")) for word in re.findall(r"[\d,]+", line)]
-            for line in first.stdout.splitlines()[:-1]}
-    assert rows["train"][1:] == [1, 2592] and rows["validation"][1:] == [1, 288]
-    folder = work/first.stdout.splitlines()[-1].split(":")[0]
-    made = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    second = textgen("data prepare fable.txt --tokenizer bpe:300", work)
-    assert second.stdout.splitlines()[:-1] == first.stdout.splitlines()[:-1] and "nothing was remade" in second.stdout
-    assert made == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def test_debug_shows_the_trace(work):
