@@ -142,3 +142,9 @@ def test_wikitext_leaves_no_trace():
     assert not re.search(r"@[-,.]@| [.,;:!?](?: |$)|\( | \)|\w '(?:s|t|re|ve|m|ll|d)\b|^ | $|^= =", done, flags=re.M)
     assert wikitext(done) == done
     assert "".join(block.text for block in Cleaning(["wikitext"])(in_blocks([text], 2**12))) == done
+
+
+def test_report_of_what_was_left_out():
+    cleaning, blocks = Cleaning(["quotes", "deduplicate"]), [Block("“a”"), Block('"a"'), Block("b")]
+    assert [text for text, last in cleaning(blocks, repeated(Cleaning(["quotes"])(blocks)))] == ['"a"', "b"]
+    assert cleaning.report()[-1].split() == ["deduplicate", "1", "left", "out"] and cleaning.after.documents == 2

@@ -11,9 +11,10 @@ from textgen import data, encoding, folders, sources
 from textgen.core import TextgenError, UsageError
 from textgen.data import Chunks, Prepared, data_folders, prepare, repair
 from textgen.encoding import encode_all
-from textgen.files import read_blocks
+from textgen.files import Block, read_blocks
 from textgen.folders import damage
 from textgen.sources import documents, read_source
+from textgen.tokenizer import BPETokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 KNOWN = os.environ.get("TEXTGEN_DATA")
@@ -252,6 +253,17 @@ def test_killed_while_repairing(tmp_path):
     assert not damage(prepared.path) and not list(tmp_path.glob("*/.*.tmp"))
 
 
+def test_repair_when_the_tokenizer_is_gone(tmp_path):
+    "The folder's own copy of a tokenizer that was given serves as well."
+    text = write("mine.txt", b"a text of one's own, twice as long as need be")(tmp_path)
+    prepare(text, root=tmp_path/"data").tokenizer.save(tmp_path/"mine")
+    made = prepare(text, tmp_path/"mine", tmp_path/"data")
+    shutil.rmtree(tmp_path/"mine")
+    (made.path/"train.safetensors").write_bytes(b"?")
+    repair(made.path, tmp_path/"data")
+    assert not damage(made.path) and made.texts("train") + made.texts("validation") == [text.read_text()[:40], text.read_text()[40:]]
+
+
 def test_eight_at_once(tmp_path):
     code = """
 def counted(module, name):
@@ -448,3 +460,111 @@ def test_read_only_folder(tmp_path):
         for folder in closed: folder.chmod(0o755)
     name, message = out.splitlines()
     assert name == made.path.name and message.startswith("cannot write into") and "Permission denied; make it writable" in message
+
+
+# What must not be taken for what was there before
+
+def test_the_same_bytes_read_in_another_way(tmp_path):
+    "In a .csv and in a .txt of one name, they are other documents."
+    for name in ("a.txt", "a.csv", "a.md"): (tmp_path/name).write_bytes(b"text\nhello\n" * 9)
+    plain, table, other = (prepare(tmp_path/name, root=tmp_path/"data", val_fraction=0.3) for name in ("a.txt", "a.csv", "a.md"))
+    assert "".join(plain.texts("train") + plain.texts("validation")) == "text\nhello\n" * 9 and other.path == plain.path
+    assert "|".join(table.texts("train") + table.texts("validation")).replace("|", "") == "hello" + "texthello" * 8
+
+
+def test_another_text_of_the_same_size_and_time(tmp_path, monkeypatch):
+    "Even where a program sets the time of the text back, as cp -p does."
+    monkeypatch.setattr(sources, "GRAIN", 0)
+    text, paths = tmp_path/"a.txt", []
+    for words in ("one two ", "two one "):
+        text.write_text(words * 20)
+        os.utime(text, (1e9, 1e9))
+        time.sleep(0.05)
+        paths += [prepare(text, root=tmp_path/"data").path]
+    assert paths[0] != paths[1] and Prepared(paths[1]).texts("train")[0].startswith("two one two")
+
+
+@pytest.mark.parametrize("name", ["{}", "hf:{}"])
+def test_another_tokenizer_in_the_same_directory(tmp_path, monkeypatch, name):
+    "In GPT-2's two files, or through transformers; the directory may be named from where one is."
+    (tmp_path/"a.txt").write_text("one two one three " * 20)
+    monkeypatch.chdir(tmp_path)
+    paths = []
+    for size in (258, 262):
+        tokenizer = BPETokenizer.train(["one two one three " * 9], size)
+        tokenizer.save("tokenizer")
+        if name == "{}":
+            model = json.loads(Path("tokenizer/tokenizer.json").read_text())["model"]
+            Path("tokenizer/vocab.json").write_text(json.dumps(model["vocab"]))
+            Path("tokenizer/merges.txt").write_text("#version\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
+            Path("tokenizer/tokenizer.json").unlink()
+        prepared = prepare("a.txt", name.format("tokenizer"), "data", val_fraction=0.5)
+        assert prepared.tokenizer.vocab_size == size and prepared.manifest["asked"]["tokenizer"] == name.format(tmp_path/"tokenizer")
+        paths += [prepared.path.resolve()]
+    assert paths[0] != paths[1]
+    (tmp_path/"else").mkdir()
+    monkeypatch.chdir(tmp_path/"else")
+    repair(paths[1], tmp_path/"data")
+    assert not damage(paths[1])
+
+
+@pytest.mark.parametrize("ids, told", [([3, 300], "from 3 to 300"), ([-1, 5], "from -1 to 5")])
+def test_a_tokenizer_that_says_too_little(ids, told):
+    "Ids beyond its vocabulary are an error, and not cut to fit the file."
+    tokenizer = types.SimpleNamespace(vocab_size=200, encode_batch=lambda texts: [np.array(ids) for text in texts])
+    with pytest.raises(UsageError, match=told): encoding.encode_blocks([Block("ab")], tokenizer)
+
+
+# Names and places
+
+def test_a_folder_called_like_a_dataset_or_a_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("stories", "char"): (tmp_path/name).mkdir()
+    prepared = prepare("stories", "char", "data", **FEW)
+    assert [prepared.manifest["asked"][key] for key in ("data", "tokenizer")] == ["stories", "char"]
+    repair(prepared.path, "data")
+    assert not damage(prepared.path)
+
+
+def test_the_folder_around_root(tmp_path, monkeypatch):
+    "Its text is the user's, not what was fetched into root."
+    monkeypatch.chdir(tmp_path)
+    prepare("stories", root="data", **FEW)
+    with pytest.raises(UsageError, match="^no text of your own in .*; name a file, or add one$"): prepare(".", root="data")
+    (tmp_path/"a.txt").write_text("mine " * 20)
+    first = prepare(".", root="data")
+    prepare("stories", root="data", train=50, validation=5)
+    assert prepare(".", root="data").path == first.path and first.texts("train") == [("mine " * 20)[:90]]
+    fetched = next(Path("data/raw").glob("stories-*"))
+    assert prepare(fetched, root="data").manifest["splits"]["train"]["documents"] == 2  # just this was asked for
+
+
+def test_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path/"a.txt").write_text("at home " * 20)
+    BPETokenizer.train(["at home"], 257).save(tmp_path/"tokenizer")
+    prepared = prepare("~/a.txt", "~/tokenizer", "~/data")
+    assert prepared.path.parent == tmp_path/"data/processed" and set(data_folders("~/data")) == set(data_folders(tmp_path/"data"))
+
+
+@pytest.mark.parametrize("name", ["", "~nobody-of-that-name/a.txt", "é" * 300, "\0"])
+def test_no_name_of_a_file(name, tmp_path):
+    with pytest.raises(UsageError, match="is no file or folder"): prepare(name, root=tmp_path)
+
+
+def test_a_step_that_is_no_list(tmp_path):
+    with pytest.raises(UsageError, match=r"give a list of names, as in \['nfc'\]"): prepare("stories", root=tmp_path, clean="nfc")
+
+
+def test_a_raw_folder_is_not_prepared(tmp_path):
+    prepare("stories", root=tmp_path, **FEW)
+    raw = next(folder for folder in data_folders(tmp_path) if folder.parent.name == "raw")
+    with pytest.raises(UsageError, match="has a corpus as it came, and no ids"): Prepared(raw)
+
+
+def test_leftovers_of_another_folder(tmp_path):
+    "Of two folders with names that begin alike, one does not take the other's unfinished work for its own."
+    left, other = tmp_path/".books.0a1b2c3d.tmp", tmp_path/".books.old-1234.0a1b2c3d.tmp"
+    for folder in (left, other): folder.mkdir()
+    folders.make_once(tmp_path/"books", lambda folder: folders.write_manifest(folder, {}))
+    assert other.is_dir() and not left.exists()

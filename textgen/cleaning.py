@@ -152,7 +152,7 @@ class Cleaning:
         self.steps = _checked(steps)
         self.deduplicate = "deduplicate" in self.steps  # the caller's to do, as it needs two readings; see `repeated`
         self.spec = [f"{name}@{STEPS[name].version}" for name in self.steps]  # all that the cleaned text depends on
-        self.before, self.after = Amount(), Amount()
+        self.before, self.after, self.dropped = Amount(), Amount(), 0
         self.effects = {name: Effect() for name in self.steps if name != "deduplicate"}
 
     def __bool__(self):
@@ -168,6 +168,7 @@ class Cleaning:
         for name, effect in self.effects.items():
             blocks = stepped(blocks, STEPS[name], effect, changed)
         blocks = _not_emptied(blocks, changed)
+        self.dropped += 0 if drop is None else int(np.sum(drop))
         return self.after.counted(blocks if drop is None else without(blocks, drop))
 
     def report(self) -> list[str]:
@@ -208,7 +209,7 @@ def _report(cleaning: Cleaning) -> list[str]:
     for name, effect in cleaning.effects.items():
         lines.append(f"{name:<11} {effect.documents:>9,} changed   {effect.characters:>+13,} characters   "
                      f"{effect.example}")
-    return lines
+    return lines + [f"deduplicate {cleaning.dropped:>9,} left out"] * cleaning.deduplicate
 
 # %% ../nbs/02b_cleaning.ipynb #324996a3
 def repeated(

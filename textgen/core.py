@@ -315,9 +315,7 @@ def atomic_path(
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _sync(temporary)
-        if path.is_dir():
-            shutil.rmtree(path)  # only a folder cannot be replaced in one step
-        os.replace(temporary, path)
+        _put_in_place(temporary, path)
     except OSError as error:
         mend = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
         raise TextgenError(f"could not write {path}: {error.strerror or error}; {mend}") from error
@@ -327,6 +325,20 @@ def atomic_path(
             temporary.unlink()
 
 # %% ../nbs/00_core.ipynb #42cb36de
+def _put_in_place(temporary: Path, path: Path):
+    "Rename, in one step; a folder that is there takes two, and is removed once the new one is in its place."
+    old = temporary.with_stem(f"{temporary.stem}-old")
+    if path.is_dir():
+        path.rename(old)
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        if old.is_dir():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _sync(path: Path):
     "Ask the disk to hold what was written before it is given its name."
     for file in [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]:

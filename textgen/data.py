@@ -10,6 +10,7 @@ __all__ = ['FORMAT', 'PARALLEL', 'Chunks', 'chunk_at', 'batch_order', 'Batches',
 import functools
 import itertools
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from .core import TextgenError, UsageError, resolve, suggest
 from .encoding import encode_all, id_type, read_tensors, write_row
 from .files import kind_of, sha256_of
 from .folders import damage, digest, last_manifest, make_once, read_manifest, write_manifest
-from .sources import Source, read_source, repair_raw, source_key
+from .sources import DATASETS, Source, read_source, repair_raw, source_key
 from .tokenizer import Tokenizer
 from .tokenizer_io import load_tokenizer
 
@@ -85,9 +86,12 @@ def chunk_at(
 def _splitmix(keys, lines: np.ndarray) -> np.ndarray:  # uint64, computed modulo 2**64
     "The numbers in these lines, from 1, of the tables of these keys (splitmix64; Steele, Lea & Flood 2014)."
     z = keys + lines * 0x9E3779B97F4A7C15
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    return z ^ (z >> 31)
+    z ^= z >> 30
+    z *= 0xBF58476D1CE4E5B9
+    z ^= z >> 27
+    z *= 0x94D049BB133111EB
+    z ^= z >> 31
+    return z
 
 # %% ../nbs/03_data.ipynb #61ac24b8
 def batch_order(
@@ -169,7 +173,7 @@ class Split:
 class Prepared:
     "A corpus as token ids on disk, with its tokenizer; `prepare` makes it."
     def __init__(self, path):  # a folder in root/processed; raises TextgenError when it is damaged
-        self.path, self.manifest = Path(path), read_manifest(Path(path))
+        self.path, self.manifest = Path(path), _processed_manifest(Path(path))
         self.name, self.document_end, self.eos_id = (self.manifest[key] for key in ("name", "document_end", "eos_id"))
 
     @functools.cached_property
@@ -197,6 +201,12 @@ class Prepared:
         return [f"{name:<10} {n['tokens']:>11,} tokens {n['documents']:>8,} documents {n['characters']:>12,} characters"
                 for name, n in self.manifest["splits"].items()]
 
+# %% ../nbs/03_data.ipynb #dbe73df3
+def _processed_manifest(path: Path) -> dict:
+    if "fingerprint" not in (manifest := read_manifest(path)):
+        raise UsageError(f"{path} has a corpus as it came, and no ids; prepare it, and open its folder in processed")
+    return manifest
+
 # %% ../nbs/03_data.ipynb #e82fe5e0
 def prepare(
     data,  # the name of a dataset here or on the hub, a file, a folder, or a pattern such as books/*.txt
@@ -209,9 +219,10 @@ def prepare(
     **options,  # of a named dataset, or `lines` and `column` of files
 ) -> Prepared:
     "A corpus as token ids: made once, then only opened; raises UsageError or TextgenError."
-    asked = {"data": _lasting(data), "tokenizer": None if isinstance(tokenizer, Tokenizer) else _lasting(tokenizer),
-             "val_fraction": val_fraction, "clean": list(clean), **options}
-    folder, make = _plan(asked, tokenizer, root, workers, progress)
+    spec = None if isinstance(tokenizer, Tokenizer) else _lasting_tokenizer(str(tokenizer))
+    asked = {"data": _lasting(data), "tokenizer": spec, "val_fraction": val_fraction,
+             "clean": clean if isinstance(clean, str) else list(clean), **options}
+    folder, make = _plan(asked, spec or tokenizer, os.path.expanduser(root), workers, progress)
     make_once(folder, make)
     return Prepared(folder)
 
@@ -223,9 +234,9 @@ def _plan(asked: dict, tokenizer, root, workers, progress) -> tuple[Path, Callab
     "Where a prepared corpus belongs, and how to make it."
     options = {key: value for key, value in asked.items() if key != "tokenizer"}
     source = read_source(root=root, **options)
-    if not isinstance(tokenizer, Tokenizer) and Path(tokenizer, "tokenizer.json").is_file():
-        tokenizer = Tokenizer.load(tokenizer)
-    made = tokenizer.fingerprint() if isinstance(tokenizer, Tokenizer) else _recipe(str(tokenizer))
+    if not isinstance(tokenizer, Tokenizer) and (directory := _directory(tokenizer)):  # what lies there may change
+        tokenizer = load_tokenizer(tokenizer if tokenizer.startswith("hf:") else directory)
+    made = tokenizer.fingerprint() if isinstance(tokenizer, Tokenizer) else _recipe(tokenizer)
     key = {"format": FORMAT, "source": source_key(source), "tokenizer": made}
     name = re.sub(r"[^\w.]+", "-", made.partition(" ")[0])[:24].strip("-.")
     folder = Path(root, "processed", f"{source.name}-{name}-{digest(key)}")
@@ -239,15 +250,30 @@ def _recipe(spec: str) -> str:
         maker = resolve("tokenizers", spec.partition(":")[0])
         file = inspect.getsourcefile(maker)
     except (UsageError, TypeError):
-        return spec  # a directory, or a maker with no file of its own
+        return spec  # a model of the hub, or a maker with no file of its own
     built_in = maker.__module__.startswith("textgen.")
     return spec if built_in or not file or not Path(file).is_file() else f"{spec} {sha256_of(file)[:12]}"
 
-
+# %% ../nbs/03_data.ipynb #30c4164f
 def _lasting(data) -> str:
-    "A path or pattern that holds from any folder; names stay names."
-    path = Path(data).expanduser()
-    return str(path.resolve()) if path.exists() or re.search(r"[*?[]", str(data)) else str(data)
+    "A path or pattern that holds from any folder; names stay names, even where a folder is called so."
+    path, data = os.path.expanduser(data), str(data)
+    is_path = data and data not in DATASETS and (os.path.exists(path) or re.search(r"[*?[]", data))
+    return str(Path(path).resolve()) if is_path else data
+
+
+def _lasting_tokenizer(spec: str) -> str:
+    "The same for a tokenizer's name."
+    directory = _directory(spec)
+    return f"{'hf:' * spec.startswith('hf:')}{directory.resolve()}" if directory else spec
+
+
+def _directory(spec: str) -> Path | None:
+    "The directory that a tokenizer's name stands for, if it does and there is one."
+    path = Path(os.path.expanduser(spec.removeprefix("hf:")))
+    if spec.startswith("hf:"):
+        return path if spec != "hf:" and os.path.isdir(path) else None
+    return path if any(os.path.isfile(path / file) for file in ("tokenizer.json", "merges.txt")) else None
 
 # %% ../nbs/03_data.ipynb #4a46d7a1
 def _process(source: Source, tokenizer, facts: dict, workers: int | None, progress: bool, folder: Path):
@@ -323,7 +349,8 @@ def draw(
     figure = Figure(figsize=(9, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.hist(lengths, bins=np.unique(np.geomspace(*ends, 40).round()), color="tab:blue")
-    left.set(xscale="log", xlabel="tokens in a document", ylabel="documents", title=f"{len(lengths):,} documents")
+    left.set(xlabel="tokens in a document", ylabel="documents", title=f"{len(lengths):,} documents",
+             xscale="log" if ends[1] > 10 * ends[0] else "linear")
     right.loglog(1 + np.arange(len(counts)), counts, color="tab:red")
     right.set(xlabel="rank of a token", ylabel="occurrences", title=f"{len(counts):,} of {vocab_size:,} tokens occur")
     figure.suptitle(f"{prepared.name}, {split}: {len(part):,} tokens")
@@ -334,7 +361,8 @@ def data_folders(
     root="data",
 ) -> list[Path]:
     "Every corpus in root/raw and root/processed."
-    return sorted(path for kind in ("raw", "processed") for path in Path(root, kind).glob("[!.]*") if path.is_dir())
+    kinds = [Path(os.path.expanduser(root), kind) for kind in ("raw", "processed")]
+    return sorted(path for kind in kinds for path in kind.glob("[!.]*") if path.is_dir())
 
 
 def repair(
@@ -346,17 +374,20 @@ def repair(
     folder = Path(folder)
     if folder.parent.name == "raw":
         return repair_raw(folder, root)
-    asked = last_manifest(folder)["asked"]
-    tokenizer = asked["tokenizer"] or _given_tokenizer(folder)
-    again, make = _plan(asked, tokenizer, root, None, progress)
+    facts = last_manifest(folder)
+    asked, given = facts["asked"], facts["tokenizer"] == facts["fingerprint"]  # given: not learnt from this corpus
+    again, make = _plan(asked, _given_tokenizer(folder, asked) if given else asked["tokenizer"], root, None, progress)
     if again.name != folder.name:
         raise TextgenError(f"{folder} was made from {asked['data']}, which has changed since, or by another version of "
                            "textgen; delete the folder and prepare the data again")
     make_once(folder, make, again=True)
 
-
-def _given_tokenizer(folder: Path) -> Tokenizer:
+# %% ../nbs/03_data.ipynb #76356b70
+def _given_tokenizer(folder: Path, asked: dict) -> Tokenizer | str:
+    "The folder's own copy of a tokenizer, or if that is damaged where it came from; raises TextgenError."
     if any(line.startswith("tokenizer/") for line in damage(folder)):
+        if asked["tokenizer"]:
+            return asked["tokenizer"]
         raise TextgenError(f"{folder / 'tokenizer'} is damaged, and it was given from elsewhere; "
                            "delete the folder and prepare the data again with that tokenizer")
     return Tokenizer.load(folder / "tokenizer")

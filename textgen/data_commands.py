@@ -209,7 +209,7 @@ def raw_facts(prepared) -> dict:
     "The manifest of the raw corpus that a prepared one was made of; empty if it is gone."
     asked, folders = prepared.manifest["asked"]["data"], prepared.path.parent.parent.glob("raw/[!.]*")
     known = [facts_of(folder) for folder in folders]
-    same = {asked, str(Path(asked).expanduser().resolve())}  # a name, or a path
+    same = {asked, str(Path(asked).resolve())}  # a name, or a path
     return next((facts for facts in known if facts.get("name") == asked or facts.get("source") in same), {})
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .core import TextgenError
+from .core import TextgenError, UsageError
 from .files import Block
 from .tokenizer import Tokenizer
 
@@ -62,9 +62,14 @@ def encode_blocks(
 ) -> Part:
     "Some blocks as ids; raises UsageError for text that the tokenizer does not know."
     rows = tokenizer.encode_batch([text for text, last in blocks])
-    ids = np.concatenate(rows).astype(id_type(tokenizer.vocab_size), copy=False)
+    ids = np.concatenate(rows)
+    if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:  # or they would be cut to fit the type
+        raise UsageError(f"{type(tokenizer).__name__} gave ids from {ids.min()} to {ids.max()}, and its vocab_size is "
+                         f"{tokenizer.vocab_size}; correct the one or the other")
+    ids = ids.astype(id_type(tokenizer.vocab_size), copy=False)
     ends = np.cumsum([len(row) for row in rows], dtype=np.int64)[[last for text, last in blocks]]
-    return Part(ids, ends, *(sum(map(len, kind)) for kind in zip(*((text, text.encode()) for text, last in blocks))))
+    sizes = [len(text) if text.isascii() else len(text.encode()) for text, last in blocks]
+    return Part(ids, ends, sum(len(text) for text, last in blocks), sum(sizes))
 
 # %% ../nbs/02e_encoding.ipynb #fb2bfbc8
 JOB = 2**20  # characters that are encoded at a time

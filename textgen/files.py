@@ -312,16 +312,20 @@ def read_blocks(
             raise UsageError(f"{path}: a Parquet file is read from its end; decompress it first")
         if sha256 and sha256_of(path) != sha256:
             raise _changed(path)
-        for row in _parquet_rows(path, column):
-            yield from in_blocks([row], size)
+        yield from _rows_in_blocks(_parquet_rows(path, column), size)
         return
     with _bytes_of(path, packed, sha256) as file:
         texts = _texts(file, path, packed, size)
         whole = kind in (None, "text") and not lines
-        for document in [texts] if whole else ([row] for row in _rows(_lines(texts), path, kind, column)):
-            yield from in_blocks(document, size)
+        rows = _rows(_lines(texts), path, kind, column)
+        yield from in_blocks(texts, size) if whole else _rows_in_blocks(rows, size)
 
 # %% ../nbs/02a_files.ipynb #4bb98eb1
+def _rows_in_blocks(rows: Iterator[str], size: int) -> Iterator[Block]:
+    for row in rows:
+        yield from [Block(row)] if len(row) <= size else in_blocks([row], size)
+
+
 def _rows(lines: Iterator[str], path, kind: str | None, column: str | None) -> Iterator[str]:
     "The documents of a file that is read by lines."
     if kind == "json":

@@ -22,7 +22,8 @@ MANIFESTS = ("manifest.json", "manifest.backup.json")  # the second in case the 
 def _remove_leftovers(folder: Path):
     "What a process that was killed has left, and what has been replaced."
     for left in folder.parent.glob(f".{folder.name}.*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
+        if left.name.count(".") == folder.name.count(".") + 3:  # or it is of a folder NAME.SOMETHING
+            shutil.rmtree(left, ignore_errors=True)
 
 # %% ../nbs/02c_folders.ipynb #00cf0f08
 def make_once(
@@ -42,9 +43,6 @@ def make_once(
                 with atomic_path(folder) as temporary:
                     temporary.mkdir()
                     make(temporary)
-                    if folder.exists():
-                        folder.rename(folder.with_name(f".{folder.name}.old.tmp"))
-                _remove_leftovers(folder)
     except OSError as error:
         raise TextgenError(f"cannot write into {folder.parent}: {error.strerror or error}; "
                            "make it writable, or keep the data in another folder (root)") from None

@@ -202,7 +202,7 @@ def recorded(
     again: bool = False,  # work out all of them, and make the record anew
 ) -> dict[Path, str]:  # each with its SHA-256
     "The hashes of a user's files, worked out where the record of them does not hold; raises UsageError."
-    name, whole = plain_name(data), str(Path(data).expanduser().resolve())
+    name, whole = plain_name(data), str(Path(os.path.expanduser(data)).resolve())
     folder = Path(root, "raw", f"{name}-{digest(whole)}")
     before = {} if again else sound_manifest(folder).get("files", {})
     after = {str(path.resolve()): _unless_known(path, before.get(str(path.resolve()))) for path in paths}
@@ -222,10 +222,10 @@ def _unless_known(path: Path, known: dict | None) -> dict:
     now, sha256 = time.time_ns(), None
     try:
         state = path.stat()
-        same = known and [known["bytes"], known["time"]] == [state.st_size, state.st_mtime_ns] and known["settled"]
+        times = [state.st_mtime_ns, state.st_ctime_ns]  # cp -p sets the first, nobody the second
+        same = known and [known["bytes"], known.get("times")] == [state.st_size, times] and known["settled"]
         sha256 = known["sha256"] if same else sha256_of(path)
-        return {"bytes": state.st_size, "sha256": sha256, "time": state.st_mtime_ns,
-                "settled": state.st_mtime_ns < now - GRAIN}
+        return {"bytes": state.st_size, "sha256": sha256, "times": times, "settled": max(times) < now - GRAIN}
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from None
 
@@ -234,7 +234,7 @@ def plain_name(
     data,  # a path or a pattern
 ) -> str:
     "A name for a user's text, fit for a folder, and never that of a dataset."
-    path = Path(data).expanduser().resolve()
+    path = Path(os.path.expanduser(data)).resolve()
     name = path.name if path.is_dir() else path.name.split(".")[0]
     name = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:40] or "text"
     return f"{name}-text" if name in DATASETS else name
@@ -328,9 +328,15 @@ def documents(
 # %% ../nbs/02d_sources.ipynb #0ca77dc5
 def source_key(source: Source) -> str:
     "12 hex digits that change with the documents and how they are split, and not with the names of files."
-    hashes = {part: list(files.values()) for part, files in source.files.items()}
+    hashes = {part: [sha256 + _table(path) for path, sha256 in files.items()] for part, files in source.files.items()}
     share = source.val_fraction if "" in source.files else None
     return digest([hashes, source.lines, source.column, source.document_end, share, Cleaning(source.clean).spec])
+
+
+def _table(path: Path) -> str:
+    "How a file is read, if not as plain text: the same bytes are other documents in a .csv than in a .txt."
+    kind = kind_of(path)[0]
+    return "" if kind in (None, "text") else f" {kind}"
 
 # %% ../nbs/02d_sources.ipynb #e27784e9
 class FileOptions(NoOptions):
@@ -349,20 +355,32 @@ def read_source(
     "Where a corpus is and how to read it; raises UsageError, or TextgenError where the network fails."
     if not 0 < val_fraction < 1:
         raise UsageError(f"val_fraction {val_fraction} must lie between 0 and 1; 0.1 keeps a tenth for validation")
-    data, clean = str(data), tuple(Cleaning(clean).steps)
+    data, root, clean = str(data), os.path.expanduser(root), tuple(Cleaning(clean).steps)
     dataset = DATASETS.get(data) or _on_the_hub(data)
     if dataset:
         return _named(data, dataset, root, options, dict(val_fraction=val_fraction, clean=clean))
     options = parse(FileOptions, options, f"data {data!r}")
-    if not data or not (Path(data).expanduser().exists() or re.search(r"[*?[]", data)):
+    if not data or not (os.path.exists(os.path.expanduser(data)) or re.search(r"[*?[]", data)):
         raise UsageError(f"{data!r} is no file or folder, and no dataset of that name; {suggest(data, DATASETS)}")
-    files = recorded(text_files(data), data, root)
+    files = recorded(_own_files(data, root), data, root)
     return Source(plain_name(data), {"": files}, options.lines, options.column, "", val_fraction, clean)
+
+# %% ../nbs/02d_sources.ipynb #91f45685
+def _own_files(data: str, root) -> list[Path]:
+    "A user's files: in a folder around `root`, such as this one, not the corpora that were fetched into it."
+    files, raw = text_files(data), Path(root, "raw").resolve()
+    if Path(os.path.expanduser(data)).resolve().is_relative_to(raw):
+        return files  # just these were asked for
+    fetched = {folder.parent for folder in raw.glob("[!.]*/manifest.json")}
+    own = [path for path in files if fetched.isdisjoint(path.resolve().parents)]
+    if not own:
+        raise UsageError(f"no text of your own in {data}; name a file, or add one")
+    return own
 
 # %% ../nbs/02d_sources.ipynb #7d68af38
 def _on_the_hub(data: str) -> Dataset | None:
     "What looks like the whole name of a dataset on the hub, and is nothing here."
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]*[\w-]", data) or Path(data).exists() or kind_of(Path(data))[0]:
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]*[\w-]", data) or os.path.exists(data) or kind_of(Path(data))[0]:
         return None
     return Dataset(functools.partial(_fetch_from_hub, name=data), {}, "see its page on the hub", options=HubOptions)
 
@@ -381,7 +399,7 @@ def repair_raw(
     "Fetch or write a corpus again, or renew the record of a user's files; raises UsageError or TextgenError."
     facts = last_manifest(folder)
     if "options" not in facts:
-        recorded(text_files(facts["source"]), facts["source"], root, again=True)
+        recorded(_own_files(facts["source"], root), facts["source"], root, again=True)
         return
     name = facts["name"]
     again, write = _plan(name, DATASETS.get(name) or _on_the_hub(name), root, facts["options"])
