@@ -103,11 +103,11 @@ def batch_order(
     ranks: int = 1,  # how many they are
 ) -> np.ndarray:  # (B,) which chunks
     "A rank's chunks of one step: epoch after epoch, each in an order of its own, dealt out; raises UsageError."
-    return _block(n_chunks, batch_size, seed, step // 256, rank, ranks)[step % 256].copy()
+    return _block(n_chunks, batch_size, seed, rank, ranks, step // 256)[step % 256].copy()
 
 
 @functools.lru_cache(maxsize=4)
-def _block(n_chunks: int, batch_size: int, seed: int, block: int, rank: int, ranks: int) -> np.ndarray:  # (256, B)
+def _block(n_chunks: int, batch_size: int, seed: int, rank: int, ranks: int, block: int) -> np.ndarray:  # (256, B)
     "A rank's chunks of 256 steps."
     if min(n_chunks, batch_size, ranks) < 1:
         raise UsageError(f"n_chunks {n_chunks}, batch_size {batch_size} and ranks {ranks}: each must be 1 or more")
@@ -130,14 +130,16 @@ class Batches:
         ranks: int = 1,  # how many they are
     ):
         self.chunks, self.step = chunks, step
-        self.order = functools.partial(batch_order, len(chunks), batch_size, seed, rank=rank, ranks=ranks)
-        self.order(step)  # raises UsageError now rather than in the loop
+        self.block = functools.partial(_block, len(chunks), batch_size, seed, rank, ranks)  # 256 steps of the order
+        self.block(step // 256)  # raises UsageError now rather than in the loop
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:  # x and y, (B, L) int64
-        return self.chunks.batch(self.order(self.step + i))
+        return self.chunks.batch(self.block((self.step + i) // 256)[(self.step + i) % 256])
 
     def __iter__(self):
-        return map(self.__getitem__, itertools.count())
+        blocks = map(self.block, itertools.count(self.step // 256))
+        steps = itertools.islice(itertools.chain.from_iterable(blocks), self.step % 256, None)
+        return map(self.chunks.batch, steps)
 
     def __len__(self):
         return sys.maxsize  # there is no end, but a DataLoader asks for one
