@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from .core import TextgenError, UsageError, resolve, suggest
-from .encoding import encode_all, id_type, read_tensors, write_row
+from .encoding import encode_all, read_tensors, write_row
 from .files import kind_of, sha256_of
 from .folders import damage, digest, last_manifest, make_once, read_manifest, write_manifest
 from .sources import DATASETS, Source, read_source, repair_raw, source_key
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, id_type
 from .tokenizer_io import load_tokenizer
 
 # %% ../nbs/03_data.ipynb #257192f6

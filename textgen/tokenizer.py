@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NO_TEXT', 'PIECE', 'LAST_CUT', 'PYTHON_ALONE', 'END_OF_TEXT', 'Vocabulary', 'Tokenizer', 'CharTokenizer',
-           'ByteTokenizer', 'byte_alphabet', 'byte_level', 'byte_pieces', 'pieces_of', 'cuts_like_gpt2', 'encode_rows',
-           'PieceTable', 'BPETokenizer', 'merges_tokenizer', 'gpt2_tokenizer', 'hub_file', 'StreamDecoder',
-           'write_tokenizer', 'decisive_parts']
+           'ByteTokenizer', 'byte_alphabet', 'byte_level', 'byte_pieces', 'pieces_of', 'cuts_like_gpt2', 'id_type',
+           'encode_rows', 'PieceTable', 'BPETokenizer', 'merges_tokenizer', 'gpt2_tokenizer', 'hub_file',
+           'StreamDecoder', 'write_tokenizer', 'decisive_parts']
 
 # %% ../nbs/01_tokenizer.ipynb #5be8c083
 import codecs
@@ -237,6 +237,13 @@ def cuts_like_gpt2(backend) -> bool:  # a tokenizers.Tokenizer
     return plain and backend.normalizer is None and not backend.model.dropout and all(token.special for token in added)
 
 # %% ../nbs/01_tokenizer.ipynb #7e1ebe87
+def id_type(
+    vocab_size: int,  # V
+) -> np.dtype:
+    "The smallest type of integer that holds every id."
+    return np.dtype(next(kind for kind in (np.uint8, np.uint16, np.int32) if vocab_size - 1 <= np.iinfo(kind).max))
+
+
 def encode_rows(backend, texts: list[str], dtype=np.int64) -> list[np.ndarray]:  # of a tokenizers.Tokenizer
     "The token ids of each text by the backend, on all cores and with no token added; raises UsageError."
     try:
@@ -255,7 +262,7 @@ class PieceTable:
     def __init__(self, backend, vocab_size: int, most: int = 2**17):  # what encodes; its tokens; pieces to remember
         self.backend, self.most, self.known = backend, most, {}  # known: piece -> its ids, as bytes
         self.characters = 0  # in the pieces that are known
-        self.dtype = next(kind for kind in (np.uint8, np.uint16, np.uint32) if vocab_size - 1 <= np.iinfo(kind).max)
+        self.dtype = id_type(vocab_size)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         "The token ids of each text, int64; raises UsageError."
