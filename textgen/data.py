@@ -344,7 +344,7 @@ def draw(
 ):  # a matplotlib Figure
     "The lengths of a split's documents, and its tokens' frequencies by rank (Zipf 1949)."
     from matplotlib.figure import Figure
-    part, vocab_size = prepared.split(split), prepared.tokenizer.vocab_size
+    part, vocab_size = prepared.split(split), prepared.manifest["vocab_size"]
     lengths, counts = np.diff(part.documents), np.sort(part.frequencies(vocab_size))[::-1]
     lengths, counts = lengths[lengths > 0], counts[counts > 0]
     ends = (lengths.min(), lengths.max() + 1) if len(lengths) else (1, 2)
