@@ -172,7 +172,7 @@ def _write_raw(name: str, dataset: Dataset, options: BaseModel, folder: Path):
         if (found := sha256_of(folder / file)) != expected:
             raise TextgenError(f"{file} of {name}, from {origin}, is not the known file: its SHA-256 begins with "
                                f"{found[:8]}, not {expected[:8]}; get it again")
-    splits = dataset.files or {path.stem: path.name for path in sorted(folder.iterdir())}
+    splits = dict(dataset.files) or {path.stem: path.name for path in sorted(folder.iterdir())}
     if "validation" not in splits and "train" in splits:
         splits[""] = splits.pop("train")  # to be cut in two
     write_manifest(folder, {"name": name, "source": origin, "licence": dataset.licence, "splits": splits,
