@@ -219,7 +219,7 @@ def recorded(
 
 # %% ../nbs/02d_sources.ipynb #025a63b3
 def _unless_known(path: Path, known: dict | None) -> dict:
-    now, sha256 = time.time_ns(), None
+    now = time.time_ns()
     try:
         state = path.stat()
         times = [state.st_mtime_ns, state.st_ctime_ns]  # cp -p sets the first, nobody the second
@@ -261,7 +261,7 @@ def cut(
 def _kept(source: "Source", part: str) -> Iterator[Block]:
     "The documents of a part, cleaned, without repeated ones."
     source.reports[part] = Cleaning(source.clean)
-    drop = _repeated(source)[part] if source.reports[part].deduplicate else None
+    drop = source._repeated[part] if source.reports[part].deduplicate else None
     return source.reports[part](_raw(source, part), drop) if source.clean else _raw(source, part)
 
 
@@ -270,20 +270,18 @@ def _raw(source: "Source", part: str) -> Iterator[Block]:
             for block in read_blocks(path, source.lines, source.column, sha256))
 
 
-def _repeated(source: "Source") -> dict[str, np.ndarray]:  # part -> (documents,) booleans
+def _seen_before(source: "Source") -> dict[str, np.ndarray]:  # part -> (documents,) booleans
     "For each document, whether its text has come before."
-    if not hasattr(source, "repeated"):
-        counts = dict.fromkeys(source.files, 0)
+    counts = dict.fromkeys(source.files, 0)
 
-        def everything():
-            for part in source.files:
-                for block in Cleaning(source.clean)(_raw(source, part)):
-                    counts[part] += block.last
-                    yield block
+    def everything():
+        for part in source.files:
+            for block in Cleaning(source.clean)(_raw(source, part)):
+                counts[part] += block.last
+                yield block
 
-        marks = repeated(everything())
-        source.repeated = dict(zip(counts, np.split(marks, np.cumsum(list(counts.values()))[:-1])))
-    return source.repeated
+    marks = repeated(everything())
+    return dict(zip(counts, np.split(marks, np.cumsum(list(counts.values()))[:-1])))
 
 # %% ../nbs/02d_sources.ipynb #b30d8d58
 @dataclass
@@ -312,6 +310,10 @@ class Source:
     @functools.cached_property
     def _characters(self) -> int:
         return sum(len(text) for text, last in _kept(self, ""))
+
+    @functools.cached_property
+    def _repeated(self) -> dict[str, np.ndarray]:
+        return _seen_before(self)
 
 # %% ../nbs/02d_sources.ipynb #4f6df068
 def documents(
