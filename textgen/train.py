@@ -30,7 +30,7 @@ from safetensors.torch import save
 
 from .core import GenerationConfig, TextgenError, UsageError, atomic_path, parse, seed_everything, suggest
 from .corpus import compare
-from .data import Chunks, Prepared, Split, batch_order, prepare
+from .data import Batches, Chunks, Prepared, Split, prepare
 from .decoder import Decoder, DecoderConfig
 from .engine import GPT, document_nll, find_device, token_nll
 from .tokenizer_io import load_tokenizer
@@ -409,9 +409,10 @@ def fit(
 ):  # raises Interrupted, or TextgenError where the loss is no number
     "Train to the last step; evaluate and save on the way."
     c, device = run.config, run.model.transformer.wte.weight.device
+    batches = Batches(run.rows, c.batch_size, c.seed)
     while run.step < c.steps:
         began = time.perf_counter()
-        x, y = run.rows.batch(batch_order(len(run.rows), c.batch_size, c.seed, run.step))
+        x, y = batches[run.step]
         loss = guarded_step(run, torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
         run.step, run.seconds = run.step + 1, run.seconds + time.perf_counter() - began
         due = [run.step % every == 0 or run.step == c.steps for every in (c.evaluate_every, c.checkpoint_every)]
