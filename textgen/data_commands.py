@@ -378,17 +378,12 @@ def _faults(folder: Path) -> list[str]:
 
 def checked(folders: list[Path]) -> list[tuple[Path, list[str]]]:
     "Each folder with all that is wrong in it; nothing if it is as it was made."
-    from rich.console import Console
-    from rich.progress import Progress
+    from textgen.data import with_bar
 
-    sizes = [sum(file["bytes"] for file in known_facts(folder).get("files", {}).values()) for folder in folders]
-    terminal, found = Console(stderr=True, force_jupyter=False), []
-    with Progress(console=terminal, disable=not terminal.is_terminal, transient=True) as bar:
-        task = bar.add_task("verifying", total=sum(sizes))
-        for folder, size in zip(folders, sizes):
-            found.append((folder, _faults(folder)))
-            bar.advance(task, size)
-    return found
+    files = {folder: known_facts(folder).get("files", {}).values() for folder in folders}
+    sizes = {folder: sum(file["bytes"] for file in known) for folder, known in files.items()}
+    found = ((folder, _faults(folder)) for folder in folders)
+    return list(with_bar(found, lambda one: sizes[one[0]], "verifying", sum(sizes.values())))
 
 # %% ../nbs/14a_data_commands.ipynb #63d67f7a
 Names = Annotated[list[str] | None, Argument(metavar="NAME|FOLDER", help="Corpora; none means all of them.")]
