@@ -391,7 +391,7 @@ def repair(
 # %% ../nbs/03_data.ipynb #76356b70
 def _given_tokenizer(folder: Path, asked: dict) -> Tokenizer | str:
     "The folder's own copy of a tokenizer, or if that is damaged where it came from; raises TextgenError."
-    if any(line.startswith("tokenizer/") for line in damage(folder)):
+    if any(line.startswith("tokenizer/") for line in damage(folder, "tokenizer/")):
         if asked["tokenizer"]:
             return asked["tokenizer"]
         raise TextgenError(f"{folder / 'tokenizer'} is damaged, and it was given from elsewhere; "

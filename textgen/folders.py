@@ -98,10 +98,12 @@ def known_facts(folder: Path) -> dict:
 # %% ../nbs/02c_folders.ipynb #cfba7643
 def damage(
     folder: Path,
+    part: str = "",  # look only at files whose names begin so, as in "tokenizer/"
 ) -> list[str]:  # what is wrong, a line each; empty if all is as it was made
-    "Compare every file in a folder with what its manifest says."
+    "Compare the files in a folder with what its manifest says."
     wrong = [f"{name} is missing or damaged" for name in MANIFESTS if not sound_manifest(folder, name)]
-    for name, known in known_facts(folder).get("files", {}).items():
+    files = known_facts(folder).get("files", {})
+    for name, known in ((name, files[name]) for name in files if name.startswith(part)):
         path = folder / name  # of a user's own file the name is a whole path
         if not path.is_file():
             wrong.append(f"{name} is missing")
