@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .core import UsageError, suggest
+from .core import UsageError, counted, suggest
 from .files import BLOCK, Block, place_to_cut
 
 # %% ../nbs/02b_cleaning.ipynb #5152710d
@@ -204,8 +204,8 @@ def _not_emptied(blocks: Iterable[Block], changed: set) -> Iterator[Block]:
 def _report(cleaning: Cleaning) -> list[str]:
     lines = []
     for name, amount in [("before", cleaning.before), ("after", cleaning.after)]:
-        lines.append(f"{name:<11} {amount.documents:>9,} documents {amount.characters:>13,} characters "
-                     f"{amount.bytes:>13,} bytes")
+        lines.append(f"{name:<11} {counted(amount.documents, 'document', 9)} "
+                     f"{counted(amount.characters, 'character', 13)} {counted(amount.bytes, 'byte', 13)}".rstrip())
     for name, effect in cleaning.effects.items():
         lines.append(f"{name:<11} {effect.documents:>9,} changed   {effect.characters:>+13,} characters   "
                      f"{effect.example}")

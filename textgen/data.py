@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import TextgenError, UsageError, resolve, suggest
+from .core import TextgenError, UsageError, counted, resolve, suggest
 from .encoding import encode_all, read_tensors, write_row
 from .files import kind_of, sha256_of
 from .folders import damage, digest, last_manifest, make_once, read_manifest, write_manifest
@@ -200,8 +200,8 @@ class Prepared:
 
     def summary(self) -> list[str]:
         "A line for each split that says how much there is."
-        return [f"{name:<10} {n['tokens']:>11,} tokens {n['documents']:>8,} documents {n['characters']:>12,} characters"
-                for name, n in self.manifest["splits"].items()]
+        return [f"{name:<10} {counted(n['tokens'], 'token', 11)} {counted(n['documents'], 'document', 8)} "
+                f"{counted(n['characters'], 'character', 12)}".rstrip() for name, n in self.manifest["splits"].items()]
 
 # %% ../nbs/03_data.ipynb #dbe73df3
 def _processed_manifest(path: Path) -> dict:
@@ -355,7 +355,7 @@ def draw(
     figure = Figure(figsize=(9, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.hist(lengths, bins=np.unique(np.geomspace(*ends, 40).round()), color="tab:blue")
-    left.set(xlabel="tokens in a document", ylabel="documents", title=f"{len(lengths):,} documents",
+    left.set(xlabel="tokens in a document", ylabel="documents", title=counted(len(lengths), "document"),
              xscale="log" if ends[1] > 10 * ends[0] else "linear")
     right.loglog(1 + np.arange(len(counts)), counts, color="tab:red")
     right.set(xlabel="rank of a token", ylabel="occurrences", title=f"{len(counts):,} of {vocab_size:,} tokens occur")
