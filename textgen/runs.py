@@ -32,8 +32,9 @@ def recorder(run):  # a function for `textgen.train.fit` to call
 
     def watch(run, loss, score):
         if run.step % run.config.log_every == 0 or score:
-            line = {"step": run.step, "seconds": round(run.seconds, 3), "nats_per_token": loss,
-                    "nats_per_char": loss * tokens_per_char, "tokens_per_second": round(speed(run))}
+            losses = {} if loss is None else {"nats_per_token": loss, "nats_per_char": loss * tokens_per_char}
+            line = {"step": run.step, "seconds": round(run.seconds, 3), **losses,
+                    "tokens_per_second": round(speed(run))}
             with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line | ({"validation": asdict(score)} if score else {})) + "\n")
 
@@ -122,18 +123,19 @@ def draw_curve(
 ):  # a matplotlib figure; it is also saved as curve.png
     "Draw a run's losses over its steps."
     from matplotlib.figure import Figure
-
     lines = read_metrics(folder)
     scores = [(line["step"], line["validation"]) for line in lines if "validation" in line]
     floor = scores[-1][1]["floor"] if scores else None
     figure = Figure(figsize=(7, 4), layout="constrained")
     ax = figure.add_subplot(xlabel="step", ylabel="loss, nats per character", title=Path(folder).name)
-    steps, losses = [line["step"] for line in lines], [line["nats_per_char"] for line in lines]
-    ax.plot(steps, losses, alpha=0.4, label="training batches")
-    ax.plot(*zip(*[(step, score["nats_per_char"]) for step, score in scores]), "o-", color="tab:blue", label="held out")
+    losses = [(line["step"], line["nats_per_char"]) for line in lines if "nats_per_char" in line]
+    ax.plot(*zip(*losses), alpha=0.4, label="training batches")
+    held_out = [(step, score["nats_per_char"]) for step, score in scores]
+    ax.plot(*zip(*held_out), "o-", color="tab:blue", label="held out")
     if floor is not None:
         ax.axhline(floor, color="black", linestyle="--", label="floor")
-    late = losses[len(losses) // 20 :]  # the first steps would flatten the rest
+    first = lines[len(lines) // 20]["step"]  # those before it would flatten the rest
+    late = [loss for step, loss in [*losses, *held_out] if step >= first]
     bottom, top = min([*late, floor] if floor is not None else late), max(late)
     if top > bottom:
         ax.set_ylim(bottom - 0.05 * (top - bottom), top)
@@ -235,7 +237,7 @@ def last_score(run) -> dict:
     recorded = [line for line in read_metrics(run.folder) if line["step"] == run.step and "validation" in line]
     if not recorded:
         score = evaluate(run.model, run.prepared, run.config.length)
-        recorder(run)(run, score.nats_per_token, score)
+        recorder(run)(run, None, score)  # nobody knows the loss of the last batch any more
         return asdict(score)
     return recorded[-1]["validation"]
 
