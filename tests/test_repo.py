@@ -310,6 +310,29 @@ def outputs_are_sound(root, tmp):
                     yield f"{cell.where}: a picture without fig-alt"
 
 
+def prose_of(path): return [(cell, re.sub(r"^```.*?^```", "", cell.source, flags=re.M | re.S)) for cell in cells(path) if cell.kind == "markdown"]
+
+
+def anchors(path):
+    "What a link into a notebook may name: its headings as pandoc spells them, and the labels of its cells."
+    headings = [heading for _, prose in prose_of(path) for heading in re.findall(r"^#+ +(.+)$", prose, flags=re.M)]
+    words = ["-".join(re.sub(r"[^\w\s.-]", "", heading.lower()).split()) for heading in headings]
+    return {re.sub(r"^[\W\d_]+", "", word) for word in words} | {cell.options.get("label") for cell in cells(path)}
+
+
+def links_lead_somewhere(root, tmp):
+    "A link that stays in the project names a file that is there and a heading in it; a backtick in a link's text would break the page."
+    for path in notebooks(root):
+        for cell, prose in prose_of(path):
+            for text, target in re.findall(r"\[([^][]*)\]\(([^)\s]+)\)", prose):
+                if "`" in text: yield f"{cell.where}: a backtick in the text of the link [{text}]"
+                if re.match(r"[a-z]+:", target): continue  # to elsewhere
+                name, _, anchor = target.partition("#")
+                page = path.parent/name if name else path
+                if not page.is_file(): yield f"{cell.where}: no file {name}"
+                elif anchor and anchor not in anchors(page): yield f"{cell.where}: no heading #{anchor} in {page.name}"
+
+
 def settings(root):
     parser = ConfigParser(delimiters=["="], interpolation=None)
     parser.read(root/"settings.ini", encoding="utf-8")
@@ -337,7 +360,7 @@ def pins_cover_the_requirements(root, tmp):
 
 RULES = [package_is_exported, notebooks_are_clean, modules_are_named_after_chapters, chapters_import_upward, module_level_imports,
          budgets, definitions_are_shown_in_use, import_cells_stand_alone, chapters_begin_with_their_name, light_imports, readme_is_fresh,
-         readme_figures_are_measured, version_is_the_same_everywhere, outputs_are_sound, pins_cover_the_requirements]
+         readme_figures_are_measured, version_is_the_same_everywhere, outputs_are_sound, links_lead_somewhere, pins_cover_the_requirements]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -458,6 +481,10 @@ PLANTS = [
     (outputs_are_sound, again("00_core", "area(0)", outputs=stream("wrote /home/me/runs/demo"))),
     (outputs_are_sound, again("00_core", "area(0)", outputs=stream(" 50%|#####     | 5/10 [00:01<00:01, 4.9it/s]"))),
     (outputs_are_sound, again("00_core", "area(0)", outputs=PICTURE)),
+    (links_lead_somewhere, again("00_core", "More follows in [the last chapter](09_last.ipynb).")),
+    (links_lead_somewhere, again("00_core", "More follows in [the next one](01_attention.ipynb#the-third-chapter).")),
+    (links_lead_somewhere, again("00_core", "It stands\n[further down](#nowhere).")),
+    (links_lead_somewhere, again("00_core", "It uses [`twice`](01_attention.ipynb) there.")),
     (pins_cover_the_requirements, edit("constraints.txt", "torch==2.13.0\n", "")),
     (pins_cover_the_requirements, edit("constraints.txt", "torch==2.13.0\n", "torch>=2.13\n")),
     (pins_cover_the_requirements, edit("settings.ini", "torch>=2.13,<3", "torch>=2.14,<3")),
@@ -482,13 +509,16 @@ def test_every_rule_is_planted(): assert {rule for rule, _ in PLANTS} == set(RUL
 
 
 def test_figure_alt_and_figures_pass(small, tmp_path):
-    "What the rules must let through: a described picture, a rounded figure, a path within a web address."
+    "What the rules must let through: a described picture, a rounded figure, a path within a web address, links to headings and labels."
     root = tmp_path/"small"
     shutil.copytree(small, root)
     write_notebook(root, "00_core", [*SMALL["00_core"], "#| fig-alt: a circle\narea(0)"], PICTURE)
     write_notebook(root, "01_attention", [*SMALL["01_attention"], "area(0)"], stream("see https://example.org/home/me, 10% | 3/4"))
     edit("nbs/index.ipynb", "1.23 nats/char in 118 s", "1.2 nats/char in 118 s; GPT-2's 3 × 4")(root)
-    assert not [*outputs_are_sound(root, tmp_path), *readme_figures_are_measured(root, tmp_path)]
+    write_notebook(root, "02_more", ["# More\n\n> The third chapter\n\n## 2. What *is* it, then?", "#| label: fig-it\n1",
+                                     "Compare with [the question](#what-is-it-then), [it](#fig-it), [two](01_attention.ipynb#attention) and [all](https://a.org/`b`)."])
+    rules = [outputs_are_sound, readme_figures_are_measured, links_lead_somewhere]
+    assert not [complaint for rule in rules for complaint in rule(root, tmp_path)]
 
 
 @pytest.mark.slow
