@@ -330,7 +330,13 @@ def _text_size(source: Source) -> int | None:
     return _size(source) if kinds <= {("text", ""), (None, "")} else None
 
 
-def with_bar(items, size_of: Callable, label: str, total: int | None, progress: bool = True) -> Iterator:
+def with_bar(
+    items,
+    size_of: Callable,  # item -> how much of the total it is
+    label: str,
+    total: int | None,  # None: nobody knows
+    progress: bool = True,  # show a bar
+) -> Iterator:
     "The items, with a bar on a terminal while they pass."
     from rich.console import Console
     from rich.progress import Progress
