@@ -57,7 +57,7 @@ def test_ragged_batches_slide_as_the_slow_loop_does(context, temperature):
     prompts = [rng.integers(0, V, rng.integers(1, context + 1)).tolist() for _ in range(7)]
     config, seeds = GenerationConfig(temperature=temperature, max_new_tokens=40, top_k=9), list(range(7))
     rows = [[] for _ in prompts]
-    for row, token, _ in write(decoder, prompts, seeds, config): rows[row].append(token)
+    for row, token, *_ in write(decoder, prompts, seeds, config): rows[row].append(token)
     assert decoder.training
     decoder.eval()
     for prompt, seed, row in zip(prompts, seeds, rows):

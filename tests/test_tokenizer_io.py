@@ -10,7 +10,8 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer, UnigramTrainer, WordPieceTrainer
 
-from textgen.core import TextGenerator, UsageError
+from textgen.core import UsageError
+from textgen.generator import TextGenerator, Token
 from textgen.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, gpt2_tokenizer
 from textgen.tokenizer_io import HFTokenizer, fitting, load_tokenizer, read_tokenizer
 
@@ -177,9 +178,9 @@ class Recite(TextGenerator):
     def __init__(self, tokenizer, ids): self.tokenizer, self.ids = tokenizer, ids
     def nll(self, texts): raise NotImplementedError
     def load(cls, path): raise NotImplementedError
-    def tokens(self, prompts, seeds, config):
+    def tokens(self, prompts, seeds, config, closed):
         for row in range(len(prompts)):
-            for n, id in enumerate(self.ids, 1): yield row, id, "length" if n == len(self.ids) else None
+            for n, id in enumerate(self.ids, 1): yield Token(row, id, "length" if n == len(self.ids) else None)
 
 
 def test_a_continuation_keeps_its_first_space():

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import visible
-from .core import GenerationConfig, TextGenerator, TextgenError, UsageError, parse, uniforms
+from .core import GenerationConfig, TextgenError, UsageError, parse, uniforms
 from .decoder import Decoder, read_object
+from .generator import TextGenerator, Token
 from .sampling import sample
 from .tokenizer import Tokenizer
 
@@ -245,10 +246,11 @@ def write(
     config: GenerationConfig,
     stops=(),  # ids of tokens that end a row, besides those of `config`
     vocab: int | None = None,  # only smaller ids are written; None: any
-):  # yields (row, token id or None, finish reason or None)
+    closed=frozenset(),  # rows that the caller wants no more of; it adds to them
+):  # yields a Token for each step of each row
     "Write all rows, token by token, until each has stopped or is full."
     most, stops = [room(ids, decoder, config) for ids in prompts], {*stops, *config.stop_token_ids}
-    yield from ((row, None, "length") for row, n in enumerate(most) if not n)
+    yield from (Token(row, None, "length") for row, n in enumerate(most) if not n)
     rows = [row for row, n in enumerate(most) if n]
     batch = Batch(decoder, [prompts[r] for r in rows], [seeds[r] for r in rows], config, vocab) if rows else None
     while batch and batch.rows:
@@ -257,28 +259,30 @@ def write(
             full = not stop and batch.written == most[row]
             if stop or full:
                 leave(batch, i)
-            yield row, None if stop else token, "stop" if stop else "length" if full else None
+            yield Token(row, None if stop else token, "stop" if stop else "length" if full else None)
+        for i in [i for i in batch.rows if rows[i] in closed]:
+            leave(batch, i)
 
 # %% ../nbs/07_engine.ipynb #b91cf809
 class GPT(TextGenerator):
     "A decoder and its tokenizer, ready to write."
-
+    honours = frozenset({"temperature", "top_k", "top_p", "stop_token_ids", "overflow"})
     def __init__(
         self,
         decoder: Decoder,
         tokenizer: Tokenizer,
         defaults: GenerationConfig | None = None,  # what a call does not set
     ):
-        V, own = decoder.config.vocab_size, decoder.config.eos_token_id
-        if tokenizer.vocab_size > V:
-            raise UsageError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model only {V}; "
+        own, self.vocab_size = decoder.config.eos_token_id, decoder.config.vocab_size
+        if tokenizer.vocab_size > self.vocab_size:
+            raise UsageError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model only {self.vocab_size}; "
                              "use the tokenizer that the model was trained with")
         self.decoder, self.tokenizer, self.defaults = decoder, tokenizer, defaults or GenerationConfig()
         self.context_length, self.eos_id = decoder.config.n_positions, tokenizer.eos_id if own is None else own
 
-    def tokens(self, prompts, seeds, config):
+    def tokens(self, prompts, seeds, config, closed):
         stops, vocab = (set(), 0) if self.eos_id is None else ({self.eos_id}, self.eos_id + 1)
-        return write(self.decoder, prompts, seeds, config, stops, max(self.tokenizer.vocab_size, vocab))
+        return write(self.decoder, prompts, seeds, config, stops, max(self.tokenizer.vocab_size, vocab), closed)
 
     def nll(self, texts):
         texts = [texts] if isinstance(texts, str) else texts
