@@ -151,7 +151,7 @@ def test_finished_rows_cost_nothing(model, monkeypatch):
 def test_what_a_prompt_costs(model, monkeypatch):
     "The head sees one token of each prompt."
     seen = []
-    monkeypatch.setattr(type(model.decoder.transformer), "logits", lambda self, x: (seen.append(tuple(x.shape)), x @ self.wte.weight.T)[1])
+    monkeypatch.setattr(type(model.decoder), "logits", lambda self, x: (seen.append(tuple(x.shape)), x @ self.transformer.wte.weight.T)[1])
     prefill(model.decoder, [[1, 2, 3], [4]], model.decoder.caches(2))
     assert seen == [(2, 32)]
 

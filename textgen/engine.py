@@ -52,7 +52,7 @@ def prefill(
     ids = padded(prompts, decoder)  # (B, T)
     x = decoder.transformer(ids, caches, upto=ids.shape[1])  # (B, T, C)
     last = [len(ids) - 1 for ids in prompts]
-    return decoder.transformer.logits(x[range(len(prompts)), last])  # (B, V)
+    return decoder.logits(x[range(len(prompts)), last])  # (B, V)
 
 # %% ../nbs/07_engine.ipynb #8744ee69
 def flat(
@@ -96,7 +96,7 @@ def decode_one(
         x = x + linear(b_out, y.view(B, C), out)
         hidden = F.gelu(linear(b_up, norm(x, (C,), g2, b2, eps), up), approximate="tanh")  # (B, 4C)
         x = x + linear(b_down, hidden, down)  # (B, C)
-    return model.logits(norm(x, (C,), model.ln_f.weight, model.ln_f.bias, eps))
+    return decoder.logits(norm(x, (C,), model.ln_f.weight, model.ln_f.bias, eps))
 
 # %% ../nbs/07_engine.ipynb #6c97561c
 def choose(

@@ -173,6 +173,16 @@ class ModelConfig(BaseModel):
     n_embd: int = Field(ge=1)  # C, channels
     n_positions: int = Field(ge=1)  # the longest text it reads, in tokens
     dropout: float = Field(ge=0, lt=1)  # share of values dropped in training
+    n_kv_head: int | None = None  # what follows turns GPT-2 into Llama, and is GPT-2 where it is not said
+    head_size: int | None = None  # checked by DecoderConfig, which says what each of them means
+    n_inner: int | None = None
+    norm: str = "layernorm"
+    mlp: str = "gelu"
+    bias: bool = True
+    tie_word_embeddings: bool = True
+    position: str = "learned"
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
 
 # %% ../nbs/08_train.ipynb #8664e015
 class SampleConfig(BaseModel):
