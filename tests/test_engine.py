@@ -208,7 +208,7 @@ def test_saving_replaces_only_its_own_files(model, tmp_path, monkeypatch):
     names = ["checkpoints", "config.json", "config.yaml", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert sorted(os.listdir(place)) == names
     before = {name: (place/name).read_bytes() for name in names[1:]}
-    monkeypatch.setattr(Decoder, "save_pretrained", lambda self, path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr("textgen.engine.write_checkpoint", lambda decoder, path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(TextgenError, match="could not write .*No space left"): GPT(model.decoder, TOKENIZER).save(place)
     assert sorted(os.listdir(place)) == names and before == {name: (place/name).read_bytes() for name in names[1:]}
     (tmp_path/"file").write_text("")

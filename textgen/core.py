@@ -176,7 +176,7 @@ REGISTRY = {
     "metrics": {},
     "commands": {"data": "textgen.data_commands:app"},
 }
-MODEL_TYPES = {"gpt2": "gpt"}  # the model_type of a config.json -> the generator that reads it
+MODEL_TYPES = {"gpt2": "gpt", "llama": "gpt", "textgen": "gpt"}  # model_type in config.json -> what reads it
 
 
 def register(

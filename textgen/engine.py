@@ -11,8 +11,6 @@ __all__ = ['padded', 'prefill', 'flat', 'lay_out', 'decode_one', 'choose', 'Batc
 import contextlib
 import copy
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import visible
+from .checkpoint import write_checkpoint
 from .core import GenerationConfig, TextgenError, UsageError, parse, uniforms
-from .decoder import Decoder, read_object
+from .decoder import Decoder
 from .generator import TextGenerator, Token
+from .gguf import open_model
 from .sampling import sample
 from .tokenizer import Tokenizer
+from .weights import new_files, read_object
 
 # %% ../nbs/07_engine.ipynb #4e129002
 def padded(
@@ -292,8 +293,8 @@ class GPT(TextGenerator):
         save_model(self, path)
 
     @classmethod
-    def load(cls, path, device="auto") -> "GPT":
-        return load_model(cls, path, device)
+    def load(cls, path, device="auto", dtype="float32") -> "GPT":
+        return load_model(cls, path, device, dtype)
 
 # %% ../nbs/07_engine.ipynb #725c5902
 @torch.inference_mode()
@@ -406,19 +407,11 @@ def save_model(
     path,  # a directory, made if need be
 ):
     "Write a model in Hugging Face's layout; raises TextgenError when the disk refuses."
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as new:
-            model.tokenizer.save(new)
-            model.decoder.save_pretrained(new)
-            values = generation_config(model.eos_id, model.defaults)
-            Path(new, "generation_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            for file in sorted(Path(new).iterdir(), key=lambda file: file.name == "config.json"):
-                os.replace(file, path / file.name)
-    except OSError as error:
-        raise TextgenError(f"could not write {path}: {error.strerror or error}; check the path and its "
-                           "permissions, and that there is space") from None
+    with new_files(path) as new:
+        model.tokenizer.save(new)
+        write_checkpoint(model.decoder, new)
+        values = generation_config(model.eos_id, model.defaults)
+        Path(new, "generation_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 # %% ../nbs/07_engine.ipynb #dd752bf6
 def find_device(
@@ -437,12 +430,14 @@ def find_device(
 # %% ../nbs/07_engine.ipynb #cb7803a1
 def load_model(
     cls,  # GPT, or a class derived from it
-    path,  # a directory in Hugging Face's layout
+    path,  # a directory in Hugging Face's layout, or a GGUF file
     device: str = "auto",  # as in find_device
+    dtype: str = "float32",  # or "bfloat16", "float16"; "auto": as it is stored
 ):
     "Read a model to write with; raises UsageError."
-    device, tokenizer = find_device(device), Tokenizer.load(path)
-    model = cls(lay_out(Decoder.from_pretrained(path)).to(device), tokenizer)
+    device = find_device(device)
+    decoder, tokenizer = open_model(path, dtype)
+    model = cls(lay_out(decoder).to(device), tokenizer)
     file = Path(path, "generation_config.json")
     model.eos_id, model.defaults = read_generation_config(file, model.eos_id, model.decoder.config.vocab_size)
     return model

@@ -30,6 +30,7 @@ from safetensors.torch import save
 
 from .core import GenerationConfig, TextgenError, UsageError, atomic_path, parse, seed_everything, suggest
 from .corpus import compare
+from .checkpoint import hf_config, read_checkpoint
 from .data import Batches, Chunks, Prepared, Split, prepare
 from .decoder import Decoder, DecoderConfig
 from .engine import GPT, document_nll, find_device, token_nll
@@ -350,12 +351,12 @@ def checkpoints(folder) -> list[Path]:
 # %% ../nbs/08_train.ipynb #0e3ec7bf
 def load_checkpoint(run: Run, path: Path):
     "Put a run back to a checkpoint; raises UsageError where it is damaged, TextgenError for another text."
-    saved = Decoder.from_pretrained(path)
+    saved = read_checkpoint(path)
     try:
         place = json.loads((path / "training.json").read_text())
         with safe_open(path / "training.safetensors", "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if place.get("data", marks(run)) != marks(run) or saved.config != run.model.config:
+        if place.get("data", marks(run)) != marks(run) or hf_config(saved.config) != hf_config(run.model.config):
             raise TextgenError(f"{path} was made with another text, tokenizer or model than {run.config.data!r} and "
                                f"config.yaml give now; put them back, or train anew with another --out")
         put_back(run, saved.state_dict(), tensors)
