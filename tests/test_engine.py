@@ -1,15 +1,20 @@
 """What no notebook can check of the engine: memory after a stream is closed, waits for the device, other devices, faults of the disk."""
-import gc, json, math, os, subprocess, sys, weakref
+import copy, gc, json, math, os, subprocess, sys, warnings, weakref
 
 import numpy as np
 import pytest
 import torch
 
 import textgen
-from textgen import engine
+from textgen import gpt as gpt_module
+from textgen.choosing import choose, settings_of
 from textgen.core import GenerationConfig, TextgenError, UsageError
 from textgen.decoder import Decoder, DecoderConfig
-from textgen.engine import GPT, Batch, decode_one, document_nll, flat, lay_out, leave, prefill, step, token_nll, windows, write
+from textgen.gpt import GPT, engine_for, write
+from textgen.kernels import compiler
+from textgen.native import native_library
+from textgen.scoring import document_nll, token_nll, windows
+from textgen.slots import decode_one, lay_out, prefill
 from textgen.tokenizer import BPETokenizer, CharTokenizer
 
 L = 16
@@ -47,22 +52,140 @@ def slow(decoder, ids, count, choose):
     return ids
 
 
+@pytest.fixture(params=[False, True], ids=["eager", "compiled"])
+def compiled(request):
+    "Both kinds of slots."
+    if request.param and compiler() is None: pytest.skip("no C compiler")
+    return request.param
+
+
+def made(decoder, compile):
+    gpt = GPT(decoder, TOKENIZER)
+    gpt.compile = compile
+    return gpt
+
+
+LLAMA = dict(norm="rmsnorm", position="rotary", mlp="swiglu", bias=False, n_kv_head=1, tie_word_embeddings=False)
+
+
 @pytest.mark.parametrize("context", [1, 2, 3, 5, 16])
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_ragged_batches_slide_as_the_slow_loop_does(context, temperature):
+@pytest.mark.parametrize("family", [{}, LLAMA], ids=["gpt2", "llama"])
+def test_more_ragged_rows_than_slots_slide_as_the_slow_loop_does(context, family, compiled):
     torch.manual_seed(context)
-    decoder = Decoder(DecoderConfig(vocab_size=V, n_positions=context, n_embd=16, n_layer=2, n_head=2, dropout=0.5))
+    decoder = Decoder(DecoderConfig(vocab_size=V, n_positions=context, n_embd=16, n_layer=2, n_head=2, dropout=0.5, **family))
     with torch.no_grad(): decoder.transformer.wte.weight.mul_(30)
     rng = np.random.default_rng(context)
-    prompts = [rng.integers(0, V, rng.integers(1, context + 1)).tolist() for _ in range(7)]
-    config, seeds = GenerationConfig(temperature=temperature, max_new_tokens=40, top_k=9), list(range(7))
-    rows = [[] for _ in prompts]
-    for row, token, *_ in write(decoder, prompts, seeds, config): rows[row].append(token)
-    assert decoder.training
-    decoder.eval()
-    for prompt, seed, row in zip(prompts, seeds, rows):
-        u = torch.from_numpy(textgen.core.uniforms(seed, 40))
-        assert slow(decoder, prompt, 40, lambda logits, t: engine.choose(logits, u[t:t + 1], config))[len(prompt):] == row
+    prompts = [rng.integers(0, V, rng.integers(1, context + 1)).tolist() for _ in range(21)]
+    for temperature in (0, 1):
+        config, rows = GenerationConfig(temperature=temperature, max_new_tokens=40, top_k=9), [[] for _ in prompts]
+        for token in write(made(decoder, compiled), prompts, range(21), config): rows[token.row].append(token.id)
+        assert decoder.training
+        decoder.eval()
+        settings = settings_of([config], V, [set()], "cpu")
+        for prompt, seed, row in zip(prompts, range(21), rows):
+            u = torch.from_numpy(textgen.core.uniforms(seed, 40))
+            assert slow(decoder, prompt, 40, lambda logits, t: choose(logits, u[t:t + 1], settings))[len(prompt):] == row
+        decoder.train()
+
+
+SETTINGS = [dict(), dict(temperature=0), dict(top_p=0.8), dict(top_k=3, min_p=0.1), dict(repetition_penalty=1.5), dict(presence_penalty=1.0),
+            dict(frequency_penalty=0.7), dict(no_repeat_ngram_size=2), dict(logit_bias={4: 5.0, 7: -100.0}), dict(stop_token_ids=(3, 4)),
+            dict(min_new_tokens=9, stop_token_ids=tuple(range(20))), dict(logprobs=3)]
+
+
+def test_requests_with_settings_of_their_own_share_steps(model, compiled):
+    "What each writes is what it writes alone, whoever comes and goes meanwhile, and in whatever order."
+    gpt, rng = made(model.decoder, compiled), np.random.default_rng(0)
+    wanted = [(rng.integers(0, V, rng.integers(1, L + 1)).tolist(), GenerationConfig(**SETTINGS[i % 12], max_new_tokens=int(rng.integers(1, 40))), i)
+              for i in range(36)]
+    def play(order, slots, pace):
+        engine, events, rest = engine_for(gpt, slots), {i: [] for i in order}, list(order)
+        engine.CHUNK = 7  # prompts are read in several parts
+        while rest or engine.busy:
+            for i in rest[:pace]: engine.add(*wanted[i], name=i)
+            del rest[:pace]
+            for token in engine.step(): events[token.row].append(token)
+        return events
+    whole = [play([i], 1, 1)[i] for i in range(36)]
+    assert {t.finish_reason for row in whole for t in row} == {None, "stop", "length"}
+    for slots, pace in ((2, 1), (5, 3), (16, 36)):
+        got = play(rng.permutation(36).tolist(), slots, pace)
+        for i in range(36):
+            assert [t[:3] for t in got[i]] == [t[:3] for t in whole[i]], SETTINGS[i % 12]
+            for a, b in zip(got[i], whole[i]):
+                assert a.logprob is None or abs(a.logprob - b.logprob) < 1e-4 and len(a.top) == 3
+
+
+def test_a_beginning_in_common_is_read_once(model, compiled, monkeypatch):
+    engine, read = engine_for(made(model.decoder, compiled), 4), []
+    original = type(engine.slots).prefill
+    monkeypatch.setattr(type(engine.slots), "prefill", lambda self, chunks: (read.append(sum(len(ids) for *_, ids in chunks)), original(self, chunks))[1])
+    prompt = list(range(14))
+    for name in range(8): engine.add(prompt + [name], GenerationConfig(max_new_tokens=1), name=name)
+    rows = {}
+    while engine.busy: rows |= {token.row: token.id for token in engine.step()}
+    assert sum(read) == 15 + 7
+    for name in range(8):
+        alone = engine_for(made(model.decoder, compiled), 1)
+        alone.add(prompt + [name], GenerationConfig(max_new_tokens=1))
+        assert alone.step()[0].id == rows[name]
+
+
+def test_cancelling_frees_the_slot(model, compiled):
+    engine = engine_for(made(model.decoder, compiled), 1)
+    first, second, third = (engine.add([1], GenerationConfig(max_new_tokens=1000), name=name) for name in "abc")
+    engine.step(); engine.step()
+    engine.cancel(first)
+    engine.cancel(third)  # it has not begun
+    assert {token.row for _ in range(3) for token in engine.step()} == {"b"}
+    engine.cancel(second)
+    engine.cancel(second)
+    assert engine.step() == [] and not engine.busy and not engine.seats.requests
+
+
+def test_a_long_prompt_does_not_hold_up_the_others(model):
+    engine = engine_for(made(model.decoder, False), 4)
+    engine.CHUNK = 2
+    engine.add([1], GenerationConfig(max_new_tokens=100), name="short")
+    engine.step()
+    engine.add([2] * 16, GenerationConfig(max_new_tokens=100), name="long")
+    steps = [[token.row for token in engine.step()] for _ in range(8)]
+    assert steps == [["short"]] * 7 + [["short", "long"]]
+
+
+def test_training_goes_on_after_writing(model, compiled):
+    "Packed weights are made anew when the decoder has changed."
+    decoder = Decoder(DecoderConfig(vocab_size=V, n_positions=L, n_embd=32, n_layer=1, n_head=2))
+    gpt, settings = made(decoder, compiled), dict(temperature=0, max_new_tokens=5, seed=0)
+    gpt.generate("ab", **settings)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.5)
+    decoder.loss(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).backward()
+    optimizer.step()
+    assert gpt.generate("ab", **settings) == made(decoder, not compiled).generate("ab", **settings)
+
+
+def test_without_a_compiler_it_is_said_once(model, monkeypatch):
+    monkeypatch.setattr("textgen.kernels.compiler", lambda: None)
+    native_library.cache_clear()
+    gpt = made(model.decoder, True)
+    with pytest.warns(UserWarning, match="no C compiler was found"): text = gpt.generate("ab", seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert gpt.generate("ab", seed=1) == text
+
+
+def test_too_little_memory_says_what_would_fit(model, monkeypatch):
+    monkeypatch.setattr("textgen.slots.free_memory", lambda device: 10**6)
+    for compile in (False, True):
+        with pytest.raises(TextgenError, match=r"16 texts of 10000 tokens need 0.1 GB for keys and values, and 0.0 GB are free: \d+ texts"):
+            big = Decoder(DecoderConfig(vocab_size=V, n_positions=10000, n_embd=32, n_layer=2, n_head=4))
+            engine_for(made(big, compile), 16)
+
+
+def test_which_layer_broke(model, compiled):
+    decoder = copy.deepcopy(model.decoder)
+    with torch.no_grad(): decoder.transformer.h[1].mlp.c_fc.weight[3] = math.nan
+    with pytest.raises(TextgenError, match="at new token 1 of row 0: .* first in block 1 .of 0 to 1"): made(decoder, compiled).generate("ab")
 
 
 def test_a_row_is_the_same_in_any_company(model):
@@ -84,27 +207,22 @@ def test_laid_out_is_the_same(model):
     optimizer.step()
 
 
-def test_a_closed_stream_frees_its_caches(model):
-    caches = []
-    class Watched(Batch):
-        def __init__(self, *args):
-            super().__init__(*args)
-            caches.extend(weakref.ref(cache.k) for cache in self.caches)
-    engine.Batch = Watched
+def test_a_closed_stream_frees_its_caches(model, compiled, monkeypatch):
+    made_slots, original = [], gpt_module.slots_for
+    monkeypatch.setattr(gpt_module, "slots_for", lambda *args: (made_slots.append(weakref.ref(slots := original(*args))), slots)[1])
+    gpt = made(model.decoder, compiled)
     try:
         gc.disable()  # freed by the count of references alone
         for end in ("close", "drop", "break"):
-            stream = model.stream(["ab", "c"], max_new_tokens=10)
+            stream = gpt.stream(["ab", "c"], max_new_tokens=10)
             next(stream)
-            assert len(caches) == 2 and all(ref() is not None for ref in caches)
+            assert made_slots[-1]() is not None
             if end == "close": stream.close()
             if end == "break":
                 for _ in stream: break
             del stream
-            assert all(ref() is None for ref in caches)
-            caches.clear()
+            assert made_slots[-1]() is None
     finally:
-        engine.Batch = Batch
         gc.enable()
 
 
@@ -136,16 +254,16 @@ def test_one_wait_a_step(model, monkeypatch):
     for name in ("item", "tolist", "__bool__", "__int__", "__float__", "cpu", "numpy"):
         original = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda self, *a, name=name, f=original: (asked.append(name), f(self, *a))[1])
-    list(write(model.decoder, [[1, 2], [3]], [0, 1], GenerationConfig(max_new_tokens=10, top_p=0.9, top_k=5, temperature=0.8)))
+    list(write(made(model.decoder, False), [[1, 2], [3]], [0, 1], GenerationConfig(max_new_tokens=10, top_p=0.9, top_k=5, temperature=0.8)))
     assert asked == ["tolist"] * 10
 
 
 def test_finished_rows_cost_nothing(model, monkeypatch):
     sizes = []
-    monkeypatch.setattr(engine, "decode_one", lambda *args: (sizes.append(len(args[2])), decode_one(*args))[1])
+    monkeypatch.setattr("textgen.slots.decode_one", lambda *args: (sizes.append(len(args[2])), decode_one(*args))[1])
     config = GenerationConfig(max_new_tokens=30, overflow="stop")
-    list(write(model.decoder, [[1] * n for n in (10, 12, 15, 16)], range(4), config))
-    assert sizes == [2] * 3 + [1] * 2  # the rows have room for 6, 4, 1 and 0 tokens; the first come from the prefill
+    list(write(made(model.decoder, False), [[1] * n for n in (10, 12, 15, 16)], range(4), config))
+    assert max(sizes) == 2 and sum(sizes) == 5 + 3  # the rows have room for 6, 4, 1 and 0 tokens; the first come from the prefill
 
 
 def test_what_a_prompt_costs(model, monkeypatch):
@@ -208,7 +326,7 @@ def test_saving_replaces_only_its_own_files(model, tmp_path, monkeypatch):
     names = ["checkpoints", "config.json", "config.yaml", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert sorted(os.listdir(place)) == names
     before = {name: (place/name).read_bytes() for name in names[1:]}
-    monkeypatch.setattr("textgen.engine.write_checkpoint", lambda decoder, path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr("textgen.gpt.write_checkpoint", lambda decoder, path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(TextgenError, match="could not write .*No space left"): GPT(model.decoder, TOKENIZER).save(place)
     assert sorted(os.listdir(place)) == names and before == {name: (place/name).read_bytes() for name in names[1:]}
     (tmp_path/"file").write_text("")
@@ -249,7 +367,7 @@ def test_settings_of_other_programs(tmp_path, model):
 
 
 def test_importing_textgen_does_not_import_the_engine():
-    code = "import sys, textgen; textgen.GenerationConfig; assert 'torch' not in sys.modules and 'textgen.engine' not in sys.modules"
+    code = "import sys, textgen; textgen.GenerationConfig; assert 'torch' not in sys.modules and 'textgen.gpt' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -260,20 +378,13 @@ def test_on_a_gpu(model, tmp_path):
     settings = dict(seed=3, max_new_tokens=60, n=4, top_p=0.95)
     assert gpt.generate(["ab", "the cat"], **settings) == model.generate(["ab", "the cat"], **settings)
     assert np.allclose(gpt.nll(["ab", "the cat sat on"]), model.nll(["ab", "the cat sat on"]), rtol=1e-4)
-    with pytest.raises(UsageError, match="token id 99"): next(write(gpt.decoder, [[99]], [0], GenerationConfig()))
-    batch = Batch(gpt.decoder, [[1, 2], [3]], [1, 2], GenerationConfig(max_new_tokens=20))
-    step(batch)
-    tolist = torch.Tensor.tolist
-    def allowed(self):
-        torch.cuda.set_sync_debug_mode("default")
-        try: return tolist(self)
-        finally: torch.cuda.set_sync_debug_mode("error")
-    torch.Tensor.tolist = allowed
-    torch.cuda.set_sync_debug_mode("error")  # anything else that waits is an error
+    with pytest.raises(UsageError, match="token id 99"): next(write(gpt, [[99]], [0], GenerationConfig()))
+    engine = engine_for(gpt, 4)
+    for name in range(4): engine.add([1, 2, name], GenerationConfig(max_new_tokens=40, **SETTINGS[name]), name=name)
+    for _ in range(5): engine.step()
+    torch.cuda.set_sync_debug_mode("error")  # whatever waits is an error
     try:
-        for _ in range(5): step(batch)
+        for _ in range(20): engine.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        torch.Tensor.tolist = tolist
-    leave(batch, 0)
-    step(batch)
+    while engine.busy: engine.step()

@@ -296,7 +296,7 @@ def open_model(path: Path, device: str | None):  # a TextGenerator
 
     generator = load(path)
     if device is not None:
-        from textgen.engine import find_device
+        from textgen.gpt import find_device
 
         generator.decoder.to(find_device(device))
     return generator

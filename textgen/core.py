@@ -171,7 +171,7 @@ def seed_everything(
 
 # %% ../nbs/00_core.ipynb #fecc741b
 REGISTRY = {
-    "generators": {"gpt": "textgen.engine:GPT"},
+    "generators": {"gpt": "textgen.gpt:GPT"},
     "tokenizers": {},
     "metrics": {},
     "commands": {"data": "textgen.data_commands:app"},

@@ -245,7 +245,7 @@ def last_score(run) -> dict:
 def finish(run) -> dict:  # what is in result.json
     "Save the model, draw the curve, let it write, and sum up."
     import torch
-    from textgen.engine import GPT
+    from textgen.gpt import GPT
 
     model = GPT(run.model, run.prepared.tokenizer, run.config.sample.settings)
     score = last_score(run)

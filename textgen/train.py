@@ -33,7 +33,8 @@ from .corpus import compare
 from .checkpoint import hf_config, read_checkpoint
 from .data import Batches, Chunks, Prepared, Split, prepare
 from .decoder import Decoder, DecoderConfig
-from .engine import GPT, document_nll, find_device, token_nll
+from .gpt import GPT, find_device
+from .scoring import document_nll, token_nll
 from .tokenizer_io import load_tokenizer
 
 # %% ../nbs/08_train.ipynb #4675e56f
