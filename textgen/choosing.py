@@ -95,8 +95,8 @@ def count_against(
     history: History,
 ) -> Tensor:  # (B, V)
     "The three penalties for what has occurred: repetition, presence, frequency."
-    ids, V = history.ids[: len(logits)], logits.shape[-1]
-    prompts, lengths = history.prompts[: len(ids), None], history.lengths[: len(ids), None]
+    B, V = logits.shape
+    ids, prompts, lengths = history.ids[:B], history.prompts[:B, None], history.lengths[:B, None]
     if settings.repetition_penalty is not None:
         logits = apply_repetition_penalty(logits, occurrences(ids, 0, lengths, V) > 0, settings.repetition_penalty)
     if settings.presence_penalty is None and settings.frequency_penalty is None:
@@ -120,7 +120,7 @@ def process(
         logits = apply_logit_bias(logits, settings.bias_ids, settings.bias)
     if not settings.looks_back:
         return logits
-    kept, B = count_against(logits, settings, history), len(logits)
+    kept, B = count_against(logits, settings, history), logits.shape[0]
     ids, lengths = history.ids[:B], history.lengths[:B]
     if settings.no_repeat_ngram_size is not None:
         kept = apply_no_repeat_ngram(kept, ids, lengths, settings.no_repeat_ngram_size, settings.largest_n)

@@ -34,7 +34,7 @@ class History:
 
     def accept(self, ids: Tensor):
         "The newest token of the first B rows, (B,)."
-        B, last = len(ids), self.ids.shape[1] - 1
+        B, last = ids.shape[0], self.ids.shape[1] - 1
         self.ids[:B].scatter_(1, self.lengths[:B, None].clamp(max=last), ids[:, None].clamp(min=0))
         self.lengths[:B] += 1
 
@@ -50,7 +50,7 @@ def counted(
     vocab_size: int,  # V; a token from there on is not counted
 ) -> Tensor:  # (B, V) int32
     "How often each token of the vocabulary is among the `which`."
-    counts = torch.zeros(len(ids), vocab_size, dtype=torch.int32, device=ids.device)
+    counts = ids.new_zeros(ids.shape[0], vocab_size, dtype=torch.int32)
     return counts.scatter_add(1, ids.clamp(max=vocab_size - 1), (which & (ids < vocab_size)).int())
 
 

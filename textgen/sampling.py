@@ -116,8 +116,7 @@ def tail_by_digits(
     border = torch.zeros_like(budget)
     for shift in (26, 13, 0):
         bucket = ((pieces - border) >> shift).clamp(-1, 8192) + 1  # (B, V); all that is below in 0, above in 8193
-        empty = torch.zeros(len(pieces), 8194, dtype=torch.int64, device=pieces.device)
-        sums = empty.scatter_add(1, bucket, pieces).cumsum(-1)
+        sums = pieces.new_zeros(pieces.shape[0], 8194).scatter_add(1, bucket, pieces).cumsum(-1)
         found = torch.searchsorted(sums, budget, right=True)  # (B, 1)
         border = border + (found - 1 << shift)
     equal, size = pieces == border, border.clamp(min=1)
