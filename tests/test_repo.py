@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 UNITS = ["nats/char", "nats/token", "bits/char", "bits/byte", "tokens/s", "%", "MB", "GB", "ms", "s", "minutes", "×"]
 # These import no framework at module level.
 LIGHT = {"core", "generator", "tokenizer", "tokenizer_io", "corpus", "files", "cleaning", "folders", "sources", "encoding", "data",
-         "evaluate", "runs", "cli", "data_commands"}
+         "constrained", "evaluate", "runs", "cli", "data_commands"}
 NUMBER = r"\d\d[a-z]?_"  # of a chapter
 FOR_ALL = set(sys.stdlib_module_names) | {"numpy", "pydantic", "yaml"}
 EXTRA = {name: {"torch", "safetensors"} for name in [
