@@ -175,6 +175,12 @@ def test_a_stream_that_ends_early_ends_the_model(end):
     assert model.ended == 1
 
 
+def test_what_a_model_refuses_is_raised_at_once():
+    class Refuses(Recite):
+        def tokens(self, *args): raise UsageError("not this")
+    with pytest.raises(UsageError, match="not this"): Refuses(TOKENIZERS["char"], [1]).stream("a")
+
+
 def test_logprobs_only_when_asked():
     model = Recite(TOKENIZERS["char"], [1, 2, 3])
     assert model.generate("a")[0].logprobs is None and all(piece.logprobs is None for piece in model.stream("a"))
@@ -189,7 +195,7 @@ def test_a_row_without_tokens():
 def test_what_a_model_does_not_obey_is_refused(gpt):
     for settings in [dict(min_p=0.1), dict(regex="a"), dict(json_schema={}), dict(repetition_penalty=1.2), dict(logit_bias={1: 2.0})]:
         bare = SimpleNamespace(tokenizer=gpt.tokenizer, context_length=16, vocab_size=11, eos_id=None, defaults=GenerationConfig(), honours=frozenset())
-        with pytest.raises(UsageError, match=rf"^{next(iter(settings))}: a SimpleNamespace cannot do that") as told:
+        with pytest.raises(UsageError, match=rf"^{next(iter(settings))}: SimpleNamespace cannot do this") as told:
             TextGenerator.stream(bare, "a", **settings)
         assert "\n" not in str(told.value)
     with pytest.raises(UsageError, match="stop_token_ids: 99 is no token of the model, whose ids run from 0 to 9"):

@@ -302,7 +302,7 @@ def open_model(path: Path, device: str | None):  # a TextGenerator
     return generator
 
 # %% ../nbs/14_cli.ipynb #fe46722b
-SETTINGS = {  # name: type, and what --help says
+SETTINGS = {  # name: type, what --help says, and how it names the value
     "max_new_tokens": (int, "How many tokens to write at most."),
     "min_new_tokens": (int, "How many at least; nothing ends the text before."),
     "temperature": (float, "0 takes the likeliest token; above 1 is wilder."),
@@ -313,11 +313,11 @@ SETTINGS = {  # name: type, and what --help says
     "presence_penalty": (float, "Above 0, what was written becomes less likely."),
     "frequency_penalty": (float, "The same, and more each time it was written."),
     "no_repeat_ngram_size": (int, "Never write so many tokens in a row twice."),
-    "logit_bias": (list[str], "Make a token likelier, or less so, as in 42=-5; may be repeated."),
-    "stop": (list[str], "End before this text; may be repeated."),
-    "stop_token_ids": (list[int], "End at this token; may be repeated."),
-    "regex": (str, "Write what matches this regular expression."),
-    "json_schema": (str, "Write JSON by the schema in this file."),
+    "logit_bias": (list[str], "Make a token likelier, or less so, as in 42=-5; may be repeated.", "ID=NUMBER"),
+    "stop": (list[str], "End before this text; may be repeated.", "TEXT"),
+    "stop_token_ids": (list[int], "End at this token; may be repeated.", "ID"),
+    "regex": (str, "Write what matches this regular expression.", "PATTERN"),
+    "json_schema": (str, "Write JSON by the schema in this file.", "FILE"),
     "logprobs": (int, "Say how likely each token was, and so many others."),
     "seed": (int, "The same seed writes the same text."),
     "n": (int, "How many continuations."),
@@ -326,10 +326,11 @@ SETTINGS = {  # name: type, and what --help says
 
 # %% ../nbs/14_cli.ipynb #fb5eeaab
 def with_settings(function):
-    "Give a function that takes **settings an option for each of them."
+    "Give a function that takes **settings an option for each of SETTINGS."
     head, keyword = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
     own = [one for one in head.parameters.values() if one.kind is not one.VAR_KEYWORD]
-    hints = {name: Annotated[kind | None, Option(help=help)] for name, (kind, help) in SETTINGS.items()}
+    option = lambda kind, help, metavar=None: Annotated[kind | None, Option(help=help, metavar=metavar)]
+    hints = {name: option(*said) for name, said in SETTINGS.items()}
     more = [inspect.Parameter(name, keyword, default=None, annotation=hint) for name, hint in hints.items()]
     function.__signature__ = head.replace(parameters=[*own, *more])
     function.__annotations__ |= hints

@@ -114,10 +114,11 @@ def check(
     config: GenerationConfig,
 ):
     "Raise UsageError for a setting that the model does not obey, or that names a token it does not have."
-    name, known = type(model).__name__, sorted(EVERY_MODEL | model.honours)
+    boundless = {"overflow"} if model.context_length is None else set()  # there is nothing that could overflow
+    name, known = type(model).__name__, sorted(EVERY_MODEL | model.honours | boundless)
     for setting, value in config:
         if setting not in known and value != GenerationConfig.model_fields[setting].default:
-            raise UsageError(f"{setting}: a {name} cannot do that; leave it out. It obeys {', '.join(known)}")
+            raise UsageError(f"{setting}: {name} cannot do this; leave it out. What it obeys is {', '.join(known)}")
     for setting in ("stop_token_ids", "logit_bias"):
         for i in getattr(config, setting):
             if i < 0 or i >= (model.vocab_size or i + 1):
@@ -195,10 +196,14 @@ class Row:
 
 # %% ../nbs/00a_generator.ipynb #e58f3146
 def pieces(model: TextGenerator, prompts: list[list[int]], seeds: list[int], config) -> Iterator[Piece]:
-    "Decode tokens as they come, and close rows at stop strings; closing this stream closes the model's."
-    rows = {row: Row(model.tokenizer.stream_decoder(ids), config) for row, ids in enumerate(prompts)}
-    closed = set()
-    with contextlib.closing(model.tokens(prompts, seeds, config, closed)) as tokens:
+    "Decode tokens as they come; what the model's `tokens` refuses when it is called is raised at once."
+    rows, closed = {row: Row(model.tokenizer.stream_decoder(ids), config) for row, ids in enumerate(prompts)}, set()
+    return _until_closed(model.tokens(prompts, seeds, config, closed), rows, closed)
+
+
+def _until_closed(tokens: Generator[Token], rows: dict[int, Row], closed: set[int]) -> Iterator[Piece]:
+    "The pieces of rows that are not closed; to close this stream closes the model's."
+    with contextlib.closing(tokens):
         for token in tokens:
             piece = rows[token.row].push(token) if token.row in rows else None
             if piece and piece.finish_reason:
@@ -209,7 +214,7 @@ def pieces(model: TextGenerator, prompts: list[list[int]], seeds: list[int], con
             if not rows:
                 return
 
-
+# %% ../nbs/00a_generator.ipynb #78a4838e
 def collect(stream: Iterator[Piece], seeds: list[int]) -> list[Generation]:
     "Join the pieces of every row."
     rows = [Generation("", [], "length", seed) for seed in seeds]
