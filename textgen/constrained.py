@@ -92,7 +92,7 @@ def compiled(
         page = found.get_error()
         reason = re.search(r"^error: (.*)|(?:JSON schema|\(in regex\)): (?!regex parse)(.*)", page, re.M)
         reason = (reason[1] or reason[2]) if reason else page.splitlines()[0]
-        what = "json_schema" if regex is None else f"regex {regex!r}"
+        what = "json_schema" if regex is None else f"regex {regex[:60]!r}"
         raise UsageError(f"{what}: {reason}; leave that out, or write it in another way")
     return found
 

@@ -85,6 +85,10 @@ _Stop = Annotated[tuple[str, ...], BeforeValidator(_several), AfterValidator(_no
 def _alone(value, info):
     if value is not None and info.data.get("regex") is not None:
         raise ValueError("cannot stand beside regex; give one of the two")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"must be made of JSON's own types ({error})") from None
     return value
 
 # %% ../nbs/00_core.ipynb #82690989
