@@ -81,7 +81,7 @@ def _not_empty(value):
 
 _Stop = Annotated[tuple[str, ...], BeforeValidator(_several), AfterValidator(_not_empty)]
 
-
+# %% ../nbs/00_core.ipynb #a41245fa
 def _alone(value, info):
     if value is not None and info.data.get("regex") is not None:
         raise ValueError("cannot stand beside regex; give one of the two")
