@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 PACKAGE := settings.ini setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lab docs figures benchmark hooks clean
+.PHONY: help demo test test-all lab docs figures swaps benchmark hooks clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ RECIPES ?= demo shakespeare wikitext2
 figures: .venv/made-dev  ## measure anew what README quotes (some minutes; Tiny Shakespeare and WikiText-2 need TEXTGEN_DATA)
 	@for recipe in $(RECIPES); do rm -rf runs/figures-$$recipe && \
 	  $(BIN)/textgen train $$recipe --out runs/figures-$$recipe && $(BIN)/python .ci/figures.py runs/figures-$$recipe || exit 1; done
+
+swaps: .venv/made-dev  ## train GPT-2 and Llama and what lies between for chapter 05a (half an hour on one core)
+	@$(BIN)/python .ci/swaps.py
 
 benchmark: .venv/made-dev  ## measure the data pipeline beside datasets, tiktoken and torch's DataLoader (needs TEXTGEN_DATA and 4 GB of disk)
 	@$(BIN)/python .ci/benchmark.py

@@ -7,7 +7,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from textgen.core import UsageError, parse
-from textgen.decoder import Decoder, DecoderConfig, attention_maps
+from textgen.decoder import Decoder, DecoderConfig
+from textgen.llama import attention_maps
 from textgen.rotary import frequencies, read_scaling, rotate, rotation_tables
 
 LLAMA = dict(norm="rmsnorm", position="rotary", mlp="swiglu", bias=False)

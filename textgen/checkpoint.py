@@ -65,8 +65,9 @@ LLAMA = Family(
     defaults=dict(num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, tie_word_embeddings=False,
                   bos_token_id=1, eos_token_id=2, attention_dropout=0.0),
     only={"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
-          "pretraining_tp": (1, None), "partial_rotary_factor": (None, 1), "rope_interleaved": (None, False), "sliding_window": (None,),
-          "use_sliding_window": (None, False), "layer_types": (None,), "quantization_config": (None,)},
+          "pretraining_tp": (1, None), "partial_rotary_factor": (None, 1), "rope_interleaved": (None, False),
+          "sliding_window": (None,), "use_sliding_window": (None, False), "layer_types": (None,),
+          "quantization_config": (None,)},
     tensors={"transformer.wte": ["model.embed_tokens"], "transformer.h.": ["model.layers."],
              "transformer.ln_f": ["model.norm"], "ln_1": ["input_layernorm"], "ln_2": ["post_attention_layernorm"],
              "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -108,7 +109,8 @@ def hf_config(
 ) -> dict:
     "The settings in the words of its family."
     kind, (G, D) = family_of(config), config.kv_shape
-    family, inner = FAMILIES[kind], config.n_inner or 4 * config.n_embd
+    family = FAMILIES[kind]
+    inner = config.n_inner or (4 * config.n_embd if family is LLAMA else None)
     ours = {**config.model_dump(), "n_kv_head": G, "head_size": D, "n_inner": inner}
     values = {theirs: ours[name] for theirs, name in family.names.items()}
     values |= {name: known[0] for name, known in family.only.items() if known[0] is not None}
@@ -140,7 +142,8 @@ def read_config(
         return parse(DecoderConfig, ours, str(path)), family
     except UsageError as error:  # in their words
         words = {name: theirs for theirs, name in reversed(family.names.items())}
-        raise UsageError(re.sub(r"\w+", lambda word: words.get(word[0], word[0]), str(error))) from None
+        said = str(error).removeprefix(str(path))
+        raise UsageError(f"{path}{re.sub(r'[a-z_]+', lambda word: words.get(word[0], word[0]), said)}") from None
 
 # %% ../nbs/05c_checkpoint.ipynb #dabbfe74
 def read_rotation(
@@ -277,7 +280,7 @@ def read_checkpoint(
             for stored, view in as_stored(name, tensors[name], config, family).items():
                 view.copy_(read(found[stored]))
     decoder.load_state_dict(tensors, assign=True)
-    return decoder.eval()
+    return decoder.to(kind).eval()  # what is computed, not stored, is of that type too
 
 # %% ../nbs/05c_checkpoint.ipynb #a0241d60
 def write_checkpoint(

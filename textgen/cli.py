@@ -290,7 +290,7 @@ def deliver(parts: Iterator[str], output: Path | None) -> str:  # what became of
     return f"saved {len(text):,} characters in {output}; "
 
 # %% ../nbs/14_cli.ipynb #7a95bc5e
-def open_model(path: Path, device: str | None):  # a TextGenerator
+def open_model(path: str, device: str | None):  # a TextGenerator
     "A model, on the device that was asked for, if any; raises UsageError."
     from textgen.core import load
 
@@ -361,7 +361,7 @@ def typed(
 @app.command()
 @with_settings
 def generate(
-    model: Annotated[Path, Option(metavar="RUN", help="A run, or any model directory in the Hugging Face layout.")],
+    model: Annotated[str, Option(metavar="RUN", help="A run, a model directory or .gguf file, a name on the hub.")],
     prompt: Annotated[str | None, Option(metavar="TEXT", help="What to continue; - reads standard input.")] = None,
     output: Annotated[Path | None, Option(metavar="FILE", help="Save the text there instead of showing it.")] = None,
     device: Annotated[str | None, Option(help="cpu, cuda, cuda:1, mps or auto.")] = None,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REGISTRY', 'MODEL_TYPES', 'TextgenError', 'UsageError', 'suggest', 'counted', 'GenerationConfig', 'parse', 'uniforms',
-           'derive_seed', 'seed_everything', 'register', 'registered', 'resolve', 'load', 'atomic_path']
+           'derive_seed', 'seed_everything', 'register', 'registered', 'resolve', 'model_path', 'load', 'atomic_path']
 
 # %% ../nbs/00_core.ipynb #07afeb8a
 import contextlib
@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import sys
@@ -178,9 +179,10 @@ REGISTRY = {
     "generators": {"gpt": "textgen.gpt:GPT"},
     "tokenizers": {},
     "metrics": {},
-    "commands": {"data": "textgen.data_commands:app"},
+    "commands": {"data": "textgen.data_commands:app", "export": "textgen.export:app"},
 }
-MODEL_TYPES = {"gpt2": "gpt", "llama": "gpt", "textgen": "gpt"}  # model_type in config.json -> what reads it
+# the model_type of a config.json, or what a file is -> the generator that reads it
+MODEL_TYPES = {"gpt2": "gpt", "llama": "gpt", "textgen": "gpt", "gguf": "gpt"}
 
 
 def register(
@@ -210,29 +212,56 @@ def resolve(kind: str, name: str):
     return getattr(importlib.import_module(module), attribute)
 
 # %% ../nbs/00_core.ipynb #5816c09d
+def model_path(
+    path,  # of a directory or a .gguf file; or a string that names a model on the hub: "org/name", "gpt2"
+) -> Path:  # the directory or file
+    "Where a model is; raises UsageError, or TextgenError where the hub is needed and out of reach."
+    first, slash, _ = str(path).partition("/")
+    named = isinstance(path, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) and not path.endswith(".gguf")
+    if Path(path).exists() or not named or slash and Path(first).exists():
+        return Path(path)
+    import huggingface_hub as hub
+
+    missing = f"no model in {path!r}: {_what_is_missing(Path(path))}; and the Hugging Face hub"
+    try:
+        return Path(hub.snapshot_download(path, allow_patterns=["*.json", "model*.safetensors", "merges.txt"]))
+    except (hub.errors.RepositoryNotFoundError, hub.errors.HFValidationError):
+        raise UsageError(f"{missing} shows no model of that name") from None
+    except Exception as error:  # the hub's client raises a dozen unrelated kinds
+        kind = TextgenError if slash else UsageError  # a single word is likelier a mistake
+        raise kind(f"{missing} cannot be reached for a model of that name") from error
+
+# %% ../nbs/00_core.ipynb #75da9058
 def load(
-    path,  # a run directory, or any model directory in the Hugging Face layout
+    path,  # a run, any model directory in the Hugging Face layout, a .gguf file, or a model's name on the hub
+    **options,  # of the generator's own `load`, such as device="cpu"
 ):  # a TextGenerator of the next chapter
     "Open a model for writing; raises UsageError when there is none or its kind is unknown."
-    path = Path(path)
+    path = model_path(path)
+    kind = _kind_of(path)
+    try:
+        generator = resolve("generators", MODEL_TYPES.get(kind, kind))
+    except UsageError:
+        raise UsageError(f"{path}: no model of type {kind!r} is known here; {suggest(kind, MODEL_TYPES)}") from None
+    return generator.load(path, **options)
+
+
+def _kind_of(path: Path) -> str:
+    "The model_type of a directory, or `gguf`; raises UsageError."
+    if path.is_file() and path.suffix == ".gguf":
+        return "gguf"
     if not (config := path / "config.json").is_file():
         raise UsageError(f"no model in {str(path)!r}: {_what_is_missing(path)}")
     try:
-        kind = json.loads(config.read_text(encoding="utf-8"))["model_type"]
-        name = MODEL_TYPES.get(kind, kind)
+        return str(json.loads(config.read_text(encoding="utf-8"))["model_type"])
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"{config} is damaged: it must be JSON with a model_type; save the model again") from None
-    try:
-        generator = resolve("generators", name)
-    except UsageError:
-        raise UsageError(f"{config}: no model of type {kind!r} is known here; {suggest(kind, MODEL_TYPES)}") from None
-    return generator.load(path)
 
-# %% ../nbs/00_core.ipynb #28fae3a2
+# %% ../nbs/00_core.ipynb #f56e16c6
 def _what_is_missing(path: Path) -> str:
     "Why `path` cannot be loaded, and the mend."
     if path.is_file():
-        return "it is a file, and a model is a directory with a config.json; name its directory"
+        return "it is a file, and a model is a directory with a config.json, or a .gguf file; name one"
     if not path.is_dir():
         return "no such directory; `textgen train demo` makes a first model in runs/demo"
     if (path / "config.yaml").is_file():

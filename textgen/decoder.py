@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['look_up', 'check_attention', 'AttentionConfig', 'DecoderConfig', 'MLP', 'make_norm', 'Block', 'check_fits',
-           'Transformer', 'embed', 'attention_maps', 'init_weights', 'Decoder']
+           'Transformer', 'embed', 'init_weights', 'Decoder']
 
 # %% ../nbs/05_decoder.ipynb #ef56b3fa
 import math
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
 
-from .attention import CausalSelfAttention, KVCache, attention_weights, head_shape
+from .attention import CausalSelfAttention, KVCache, head_shape
 from .core import UsageError
 from .rotary import read_scaling, rotate, rotation_tables
 
@@ -68,7 +68,7 @@ class AttentionConfig(BaseModel):
 
 # %% ../nbs/05_decoder.ipynb #ac17eba4
 class DecoderConfig(AttentionConfig):
-    "The shape of a decoder: GPT-2 by default; Llama is rmsnorm, rotary and swiglu, with bias False."
+    "The shape of a decoder: GPT-2's by default, Llama's with rmsnorm, rotary, swiglu and without biases."
     vocab_size: int = Field(ge=1)  # V, tokens it knows
     n_layer: int = Field(4, ge=1)  # blocks, one after the other
     n_inner: int | None = Field(None, ge=1)  # hidden channels of the MLP; None: 4 * n_embd
@@ -83,7 +83,7 @@ class DecoderConfig(AttentionConfig):
 
 # %% ../nbs/05_decoder.ipynb #12399842
 class MLP(nn.Module):
-    "Each token alone: to four times the channels, GELU, and back (GPT-2)."
+    "Each token alone: to more channels, a bend, and back (GPT-2; with `gated` Llama)."
 
     def __init__(
         self,
@@ -189,17 +189,6 @@ def embed(
     return model.drop(x), partial(rotate, cos=cos, sin=sin)
 
 
-@torch.no_grad()
-def attention_maps(
-    decoder,  # a Decoder
-    ids,  # (B, T)
-) -> list:  # of each block its weights (B, H, T, T)
-    "Where every token looks, in every head of every block; slowly computed, to be looked at."
-    maps, (x, rotate) = [], embed(decoder.transformer, ids)
-    for block in decoder.transformer.h:
-        maps.append(attention_weights(block.attn, block.ln_1(x), rotate))
-        x = block(x, rotate=rotate)
-    return maps
 
 # %% ../nbs/05_decoder.ipynb #e0ab0058
 @torch.no_grad()

@@ -38,9 +38,12 @@ def open_gguf(
         raise UsageError(f"{path} is damaged or no GGUF file ({reason}); download it again") from None
 
 # %% ../nbs/05d_gguf.ipynb #146cf82b
-def read_settings(reader) -> dict:  # of a gguf.GGUFReader
-    "All that a file says about its model, by llama.cpp's names."
-    return {name: field.contents() for name, field in reader.fields.items()}
+def read_settings(
+    reader,  # a gguf.GGUFReader
+    longest: float = float("inf"),  # lists of more elements are left out
+) -> dict:
+    "What a file says about its model, by llama.cpp's names."
+    return {name: field.contents() for name, field in reader.fields.items() if len(field.data) <= longest}
 
 # %% ../nbs/05d_gguf.ipynb #656cdfa6
 SHARED = {"context_length": "n_positions", "embedding_length": "n_embd", "block_count": "n_layer",
@@ -60,7 +63,8 @@ GGUF = {
         architecture=None,
         swaps=dict(norm="rmsnorm", position="rotary", mlp="swiglu", bias=False),
         names={**SHARED, "attention.layer_norm_rms_epsilon": "layer_norm_epsilon",
-               "attention.head_count_kv": "n_kv_head", "attention.key_length": "head_size", "rope.freq_base": "rope_theta"},
+               "attention.head_count_kv": "n_kv_head", "attention.key_length": "head_size",
+               "rope.freq_base": "rope_theta"},
         defaults={"attention.head_count_kv": None, "attention.key_length": None, "rope.freq_base": 10000.0},
         only={"expert_count": (0,)},
         tensors={**PARTS, "attn.c_attn": ["attn_q", "attn_k", "attn_v"], "mlp.c_fc": ["ffn_gate", "ffn_up"]}),
@@ -75,7 +79,7 @@ def gguf_config(
     path,  # of the file, for the error
 ) -> tuple[DecoderConfig, Family]:
     "The settings of the decoder; raises UsageError, also for what our decoder is not."
-    settings = read_settings(reader)
+    settings = read_settings(reader, 1000)  # without the vocabulary
     if (family := GGUF.get(kind := str(settings.get("general.architecture")))) is None:
         raise UsageError(f"{path}: the architecture is {kind!r}, and the decoder here has only {', '.join(GGUF)}")
     said = {name.removeprefix(f"{kind}."): value for name, value in settings.items() if name.startswith(f"{kind}.")}
@@ -156,7 +160,7 @@ def gguf_decoder(
     if surplus := sorted(found.keys() - {"rope_freqs.weight"}):
         raise UsageError(f"{path}: tensor {surplus[0]} has no place in this decoder")
     decoder.load_state_dict(tensors, assign=True)
-    return decoder.eval()
+    return decoder.to(kind).eval()
 
 # %% ../nbs/05d_gguf.ipynb #f4fc8ad0
 def _unpacked(tensor, config: DecoderConfig, path):  # a float32 array

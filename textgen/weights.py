@@ -84,12 +84,12 @@ def stored_tensors(
     if not index.is_file():
         raise UsageError(_no_weights(Path(directory)))
     places, found = read_object(index).get("weight_map"), {}
-    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+    if not isinstance(places, dict):
         raise UsageError(f"{index} is damaged: weight_map must say which file each tensor is in; copy it again")
-    for file in sorted(set(places.values())):
-        if not re.fullmatch(r"[^/\\:]+\.safetensors", file):
-            name = next(name for name in places if places[name] == file)
+    for name, file in places.items():
+        if not re.fullmatch(r"[^/\\:]+\.safetensors", str(file)):
             raise UsageError(f"{index} puts tensor {name} in {file!r}, which is no safetensors file beside it")
+    for file in sorted(set(places.values())):
         for name, stored in read_table(Path(directory, file)).items():
             if places.get(name) != file:
                 raise UsageError(f"{stored.path} has a tensor {name}, which {index} puts in {places.get(name)}")
@@ -162,8 +162,7 @@ def new_files(
             put_in_place(Path(new), directory)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise TextgenError(f"could not write {directory}: {reason}; check the path and its permissions, and that "
-                           "there is space") from None
+        raise TextgenError(f"could not write {directory}: {reason}; check the path and that there is space") from None
 
 
 def put_in_place(
@@ -172,12 +171,13 @@ def put_in_place(
 ):
     "Exchange a model's files for new ones."
     for file in new.iterdir():
+        file.chmod((new / "config.json").stat().st_mode)  # the library's files are for their owner alone
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())  # the disk must hold it before it gets its name
     (directory / "config.json").unlink(missing_ok=True)
-    for old in list(directory.iterdir()):
-        if re.fullmatch(r"model.*\.safetensors(\.index\.json)?", old.name):
-            old.unlink()
+    for path in list(directory.iterdir()):
+        if re.fullmatch(r"model.*\.safetensors(\.index\.json)?", path.name):
+            path.unlink()
     for file in sorted(new.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, directory / file.name)
 
@@ -211,7 +211,7 @@ def write_weights(
     views: dict[str, torch.Tensor],  # by name, as they are to be stored, but for the type
     folder: Path,  # an empty one
     kind: torch.dtype,
-    most: int = 5 * 10**9,  # bytes of a shard
+    most: int,  # bytes of a shard
 ):
     "Write tensors, in one file or in shards with an index."
     sizes = {name: view.numel() * kind.itemsize for name, view in views.items()}

@@ -1,0 +1,80 @@
+"""Train GPT-2, each swap towards Llama alone, and all of them, and write nbs/results/swaps.json (chapter 05a draws it).
+
+    python .ci/swaps.py [SEED ...]        seeds 1 and 2 unless said otherwise; a minute of one core for each model and seed
+
+Data, steps and learning rates are those of the recipe `swaps` for all. So is the number of parameters, within two percent: what a
+swap saves or costs goes into the width of the MLP. Speed is in tokens per second of one core's own time, so that other work on
+the machine counts less. A run replaces the one of the same model and seed in the file.
+"""
+import json, platform, sys, time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from textgen.data import batch_order
+from textgen.decoder import Decoder
+from textgen.train import decoder_config, evaluate, load_recipe, schedule, start, train_step
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "nbs/results/swaps.json"
+GROUPED, ROTARY, NORM = {"n_kv_head": 1}, {"position": "rotary"}, {"norm": "rmsnorm"}
+GATED = {"mlp": "swiglu", "bias": False}
+SWAPS = {"GPT-2": {}, "grouped heads": GROUPED, "rotary": ROTARY, "RMS norm": NORM, "SwiGLU, no biases": GATED,
+         "all four: Llama": {**GROUPED, **ROTARY, **NORM, **GATED}}
+EVERY = 50  # steps of one point of the curve
+
+
+def recipe(changes, seed=1): return load_recipe("swaps", {"seed": seed, **{f"model.{name}": value for name, value in changes.items()}})
+
+
+def model_of(changes):
+    with torch.device("meta"): return Decoder(decoder_config(recipe(changes), 1024))
+
+
+def parameters(changes): return sum(p.numel() for p in model_of(changes).parameters())
+
+
+def matched(changes):
+    "The changes, with the width of the MLP (a multiple of 8) that brings the parameters nearest to GPT-2's."
+    first, second = (parameters({**changes, "n_inner": width}) for width in (8, 16))
+    return {**changes, "n_inner": 8 * round(1 + (parameters({}) - first) / (second - first))}
+
+
+def train(changes, seed):
+    "One run; what it measured, under names that end in their unit."
+    run = start(recipe(changes, seed), ROOT / "runs", ROOT / "data")
+    c, seconds, losses = run.config, 0.0, []
+    for step in range(c.steps):
+        x, y = map(torch.from_numpy, run.rows.batch(batch_order(len(run.rows), c.batch_size, c.seed, step)))
+        began = time.process_time()
+        losses.append(train_step(run.model, run.optimizers, x, y, schedule(step, c.steps, c.optimizer.warmup), c.optimizer.clip))
+        seconds += time.process_time() - began
+    score = evaluate(run.model, run.prepared, c.length)
+    curve = np.reshape(losses, (-1, EVERY)).mean(1).round(4).tolist()
+    return {"seed": seed, "val nats/char": score.nats_per_char, "excess over the floor %": 100 * (score.nats_per_char / score.floor - 1),
+            "error of the excess %": 100 * score.error / score.floor, "speed tokens/s": round(c.steps * c.batch_size * c.length / seconds),
+            "training loss nats/token": curve}
+
+
+def note(name, changes, run):
+    "Put one run into the results file."
+    c, cache = recipe({}), model_of(changes).caches(1, 1)
+    result = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"swaps": {}}
+    old = result["swaps"].get(name, {"runs": []})["runs"]
+    entry = {"model": changes, "parameters": parameters(changes), "cache of a token bytes": sum(2 * part.k.nbytes for part in cache),
+             "runs": sorted([*(other for other in old if other["seed"] != run["seed"]), run], key=lambda run: run["seed"])}
+    swaps = {**result["swaps"], name: entry}
+    machine = {"processor": platform.machine(), "threads": 1, "torch": torch.__version__, "python": platform.python_version()}
+    result = {"machine": machine, "steps": c.steps, "steps of a point": EVERY, "tokens of a step": c.batch_size * c.length,
+              "swaps": {name: swaps[name] for name in SWAPS if name in swaps}}
+    RESULTS.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+torch.set_num_threads(1)
+for seed in map(int, sys.argv[1:] or (1, 2)):
+    for name, changes in SWAPS.items():
+        changes = matched(changes)
+        run = train(changes, seed)
+        note(name, changes, run)
+        print(f"{name}, seed {seed}: {run['excess over the floor %']:.2f}% above the floor", flush=True)
