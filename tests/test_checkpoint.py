@@ -568,7 +568,7 @@ def tokenizers():
 
 
 @pytest.mark.parametrize("family", [{}, {**LLAMA.swaps, "n_kv_head": 2}], ids=["gpt2", "llama"])
-@pytest.mark.parametrize(("name", "tokenizer"), tokenizers(), ids=[name for name, _ in tokenizers()])
+@pytest.mark.parametrize(("name", "tokenizer"), list(tokenizers()), ids=[name for name, _ in tokenizers()])
 def test_what_is_exported_opens_elsewhere(family, name, tokenizer, tmp_path):
     ours = noisy(Decoder(DecoderConfig(vocab_size=tokenizer.vocab_size, n_positions=64, n_embd=16, n_layer=1, n_head=4, eos_token_id=tokenizer.eos_id, **family)))
     write_checkpoint(ours, tmp_path/"run")

@@ -101,7 +101,7 @@ def stored_tensors(
 # %% ../nbs/05b_weights.ipynb #fe66bbf2
 def _no_weights(directory: Path) -> str:
     "Why there is nothing to load, and the mend."
-    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    pickles = sorted(path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if not pickles:
         return f"cannot read {directory / SINGLE}: there is no such file, and no {INDEX}; copy or save the model again"
     return (f"{directory} has its weights in {pickles[0]}, a pickle, which can run any program when it is opened and "
@@ -164,7 +164,7 @@ def new_files(
         reason = getattr(error, "strerror", None) or error
         raise TextgenError(f"could not write {directory}: {reason}; check the path and that there is space") from None
 
-
+# %% ../nbs/05b_weights.ipynb #41389007
 def put_in_place(
     new: Path,  # a folder of files
     directory: Path,  # of a model
