@@ -23,7 +23,6 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     for name, meaning in MARKERS.items(): config.addinivalue_line("markers", f"{name}: {meaning}")
-    if not config.option.all and "net" not in config.option.markexpr: os.environ["HF_HUB_OFFLINE"] = "1"  # a mistyped name asks nobody
 
 
 def pytest_collection_modifyitems(config, items):

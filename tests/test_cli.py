@@ -238,7 +238,7 @@ def test_run_lacks_a_file(name, run):
     refused(textgen("generate --prompt The --model", run.parent, more=[run]), name)
 
 
-def test_run_is_not_there(tmp_path): refused(textgen("generate --prompt The --model nowhere", tmp_path), "'nowhere'", "no such directory")
+def test_run_is_not_there(tmp_path): refused(textgen("generate --prompt The --model ./nowhere", tmp_path), "'nowhere'", "no such directory")
 
 
 def test_other_text_is_not_resumed(work, tmp_path):
