@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import example, given, strategies as st
 
-from textgen import engine
+from textgen import slots
 from textgen.core import GenerationConfig, UsageError
 from textgen.decoder import Decoder, DecoderConfig
-from textgen.engine import GPT, decode_one
+from textgen.gpt import GPT
 from textgen.generator import Logprob, Piece, Row, StopStrings, TextGenerator, Token, collect, pieces
+from textgen.slots import decode_one
 from textgen.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
 ALPHABET = "ab,[3]4é☃🙂"
@@ -133,7 +134,9 @@ def gpt():
     torch.manual_seed(0)
     decoder = Decoder(DecoderConfig(vocab_size=CHARS.vocab_size, n_positions=16, n_embd=32, n_layer=1, n_head=4)).eval()
     with torch.no_grad(): decoder.transformer.wte.weight.mul_(10)
-    return GPT(decoder, CHARS)
+    model = GPT(decoder, CHARS)
+    model.compile = False
+    return model
 
 
 CHARS = CharTokenizer("abcdefgh .")
@@ -143,7 +146,7 @@ def test_a_stop_string_frees_a_seat(gpt, monkeypatch):
     full = gpt.generate(["ab", "c", "fed"], seed=3, max_new_tokens=40)
     stop = full[0].text[10:13]
     sizes = []
-    monkeypatch.setattr(engine, "decode_one", lambda *args: (sizes.append(len(args[2])), decode_one(*args))[1])
+    monkeypatch.setattr(slots, "decode_one", lambda *args: (sizes.append(len(args[2])), decode_one(*args))[1])
     cut = gpt.generate(["ab", "c", "fed"], seed=3, max_new_tokens=40, stop=stop)
     for whole, short in zip(full, cut):
         at = whole.text.find(stop)

@@ -90,7 +90,7 @@ def fit(
     config: GenerationConfig,
 ) -> list[int]:  # its token ids, as many as the model can see
     "Encode a prompt and make it fit the context as `overflow` says; raises UsageError."
-    ids, limit = list(model.tokenizer.encode(text)), model.context_length
+    ids, limit = [*getattr(model.tokenizer, "prefix", ()), *model.tokenizer.encode(text)], model.context_length
     if not ids and model.eos_id is None:
         raise UsageError("prompt is empty and this model has no end-of-text token to start from; give it a first word")
     ids = ids or [model.eos_id]
@@ -197,7 +197,9 @@ class Row:
 # %% ../nbs/00a_generator.ipynb #e58f3146
 def pieces(model: TextGenerator, prompts: list[list[int]], seeds: list[int], config) -> Iterator[Piece]:
     "Decode tokens as they come; what the model's `tokens` refuses when it is called is raised at once."
-    rows, closed = {row: Row(model.tokenizer.stream_decoder(ids), config) for row, ids in enumerate(prompts)}, set()
+    known = len(getattr(model.tokenizer, "prefix", ()))  # tokens before a prompt have no text
+    rows = {row: Row(model.tokenizer.stream_decoder(ids[known:]), config) for row, ids in enumerate(prompts)}
+    closed = set()
     return _until_closed(model.tokens(prompts, seeds, config, closed), rows, closed)
 
 

@@ -59,6 +59,7 @@ class Tokenizer(Vocabulary, ABC):
     "Text to token ids and back."
     registered: str | None = None  # name of a class from elsewhere, whose files `load` gives to its from_json(text)
     settings: dict = {}  # what else `tokenizer_config.json` shall say
+    prefix: tuple[int, ...] = ()  # tokens that its model expects before every prompt
 
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -70,7 +71,6 @@ class Tokenizer(Vocabulary, ABC):
 
     def encode(self, text: str) -> list[int]: return self.encode_batch([text])[0].tolist()
     def save(self, directory): write_tokenizer(self, directory)
-
     def cut(self, text: str) -> int:
         "The last place to cut a text where both parts keep their ids, whatever follows; 0 where none is known."
         return 0
