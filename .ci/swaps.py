@@ -19,9 +19,9 @@ from textgen.train import decoder_config, evaluate, load_recipe, schedule, start
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "nbs/results/swaps.json"
 GROUPED, ROTARY, NORM = {"n_kv_head": 1}, {"position": "rotary"}, {"norm": "rmsnorm"}
-GATED = {"mlp": "swiglu", "bias": False}
-SWAPS = {"GPT-2": {}, "grouped heads": GROUPED, "rotary": ROTARY, "RMS norm": NORM, "SwiGLU, no biases": GATED,
-         "all four: Llama": {**GROUPED, **ROTARY, **NORM, **GATED}}
+GATED, PLAIN = {"mlp": "swiglu"}, {"bias": False}
+SWAPS = {"GPT-2": {}, "grouped heads": GROUPED, "rotary": ROTARY, "RMS norm": NORM, "SwiGLU": GATED, "no biases": PLAIN,
+         "all: Llama": {**GROUPED, **ROTARY, **NORM, **GATED, **PLAIN}}
 EVERY = 50  # steps of one point of the curve
 
 
@@ -71,10 +71,14 @@ def note(name, changes, run):
     RESULTS.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-torch.set_num_threads(1)
-for seed in map(int, sys.argv[1:] or (1, 2)):
-    for name, changes in SWAPS.items():
-        changes = matched(changes)
-        run = train(changes, seed)
-        note(name, changes, run)
-        print(f"{name}, seed {seed}: {run['excess over the floor %']:.2f}% above the floor", flush=True)
+def main(seeds):
+    torch.set_num_threads(1)
+    for seed in seeds:
+        for name, changes in SWAPS.items():
+            changes = matched(changes)
+            run = train(changes, seed)
+            note(name, changes, run)
+            print(f"{name}, seed {seed}: {run['excess over the floor %']:.2f}% above the floor", flush=True)
+
+
+if __name__ == "__main__": main([int(word) for word in sys.argv[1:]] or [1, 2])

@@ -10,6 +10,7 @@ from textgen.core import UsageError, parse
 from textgen.decoder import Decoder, DecoderConfig
 from textgen.llama import attention_maps
 from textgen.rotary import frequencies, read_scaling, rotate, rotation_tables
+from textgen.train import decoder_config, load_recipe
 
 LLAMA = dict(norm="rmsnorm", position="rotary", mlp="swiglu", bias=False)
 SCALINGS = {
@@ -241,6 +242,17 @@ def test_the_tables_of_half_precision_are_those_of_float32_rounded():
 def test_configs_that_cannot_work(values, told):
     with pytest.raises(UsageError) as error: parse(DecoderConfig, {"vocab_size": 9, **values}, "my.yaml")
     assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_recipes_can_ask_for_any_mix():
+    changes = {"norm": "rmsnorm", "position": "rotary", "mlp": "swiglu", "bias": False, "n_kv_head": 2, "n_inner": 344, "head_size": 16,
+               "tie_word_embeddings": False, "rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    config = load_recipe("demo", {f"model.{name}": value for name, value in changes.items()})
+    made = decoder_config(config, vocab_size=9)
+    assert {name: getattr(made, name) for name in changes} == changes
+    assert decoder_config(load_recipe("demo"), vocab_size=9) == DecoderConfig(vocab_size=9, n_positions=112)
+    for name, value, told in [("norm", "batch", "norm: input should be"), ("n_kv_head", 3, "n_kv_head may be 1, 2, 4"), ("mpl", "gelu", "did you mean")]:
+        with pytest.raises(UsageError, match=told): load_recipe("demo", {f"model.{name}": value})
 
 
 @pytest.mark.parametrize("mix", [dict(), LLAMA])

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['LLAMA', 'llama_config', 'attention_maps']
 
-# %% ../nbs/05a_llama.ipynb #872c7ae0
+# %% ../nbs/05a_llama.ipynb #f82abb92
 import math
 
 import torch
 
 from .attention import attention_weights
+from .core import parse
 from .decoder import Decoder, DecoderConfig, embed
 
-# %% ../nbs/05a_llama.ipynb #feb9dab7
+# %% ../nbs/05a_llama.ipynb #0d1c928b
 LLAMA = {"norm": "rmsnorm", "position": "rotary", "mlp": "swiglu", "bias": False}
 
 
@@ -22,11 +23,11 @@ def llama_config(
     n_embd: int = 128,  # C, channels of a token
     **more,  # any other field of DecoderConfig: n_kv_head, n_layer, ...
 ) -> DecoderConfig:
-    "A decoder of Llama's architecture (Touvron et al. 2023); raises pydantic's ValidationError, as DecoderConfig does."
-    width = {"n_inner": 8 * math.ceil(n_embd / 3)}
-    return DecoderConfig(vocab_size=vocab_size, n_embd=n_embd, **{**LLAMA, **width, **more})
+    "A decoder of Llama's architecture (Touvron et al. 2023); raises UsageError."
+    sizes = {"vocab_size": vocab_size, "n_embd": n_embd, "n_inner": 8 * math.ceil(n_embd / 3)}
+    return parse(DecoderConfig, {**LLAMA, **sizes, **more}, "llama_config")
 
-# %% ../nbs/05a_llama.ipynb #d3614f7a
+# %% ../nbs/05a_llama.ipynb #73bfe586
 @torch.no_grad()
 def attention_maps(
     decoder: Decoder,
