@@ -47,12 +47,16 @@ class Request:
         "What the model sees of it."
         return self.ids[self.begin:]
 
-    def draw(self, count: int) -> np.ndarray:  # (count,) float32
-        "Its uniforms for the next tokens."
+    def look(self, count: int) -> np.ndarray:  # (count,) float32
+        "The uniforms of its next tokens."
         if len(self.drawn) < count:
             ahead = uniforms(self.seed, 256 + count, self.steps + len(self.drawn))
             self.drawn = np.concatenate([self.drawn, ahead])
-        now, self.drawn = self.drawn[:count], self.drawn[count:]
+        return self.drawn[:count]
+
+    def draw(self, count: int) -> np.ndarray:  # (count,) float32
+        "The same, for good."
+        now, self.drawn = self.look(count), self.drawn[count:]
         self.steps += count
         return now
 
@@ -138,6 +142,7 @@ class Engine:
         slots: Slots,
         config,  # DecoderConfig
         vocab: int | None = None,  # only smaller ids are written; None: any
+        drafts=None,  # guesses of several tokens at once, from chapter 7a
     ):
         self.slots, self.config, self.vocab = slots, config, vocab or config.vocab_size
         self.seats, self.waiting, self.history = Seats(slots), deque(), None
@@ -145,6 +150,7 @@ class Engine:
         self.settings = self.numbers = None  # of the writers, for `choose` or for the slots' own choice; None: they have changed
         self.flying = deque()  # steps whose tokens are on their way
         self.events = []  # that have happened since the last step
+        self.drafts = drafts and drafts.fresh(self)
 
     def add(self, prompt: list[int], config=None, seed=0, ends=(), name=None) -> Request:
         "Ask for a text; its events bear the name. Raises UsageError."
@@ -186,6 +192,8 @@ def vacate(engine: Engine, request: Request):
         engine.ids[target] = engine.ids[source]
         if engine.history:
             engine.history.move(source, target)
+        if engine.drafts:
+            engine.drafts.move(source, target)
 
 # %% ../nbs/07_engine.ipynb #bebefb86
 def admit(engine: Engine):
@@ -361,7 +369,9 @@ def broken_layer(engine: Engine, request: Request) -> str:
 def step(engine: Engine) -> list[Token]:
     "Let requests in, read, choose, and say what has come of it."
     admit(engine)
-    if engine.slots.writes and all(r.plain for r in engine.seats.requests):
+    if engine.drafts and engine.drafts.step(engine):
+        pass  # it has read all there was
+    elif engine.slots.writes and all(r.plain for r in engine.seats.requests):
         write_several(engine)
         old = engine.seats.writing
         if (logits := read_prompts(engine)) is not None:
@@ -370,7 +380,7 @@ def step(engine: Engine) -> list[Token]:
         parts = [x for x in (read_newest(engine), read_prompts(engine)) if x is not None]
         if parts:
             launch(engine, torch.cat(parts))
-    ahead = 1 if engine.slots.device.type == "cuda" and engine.seats.requests else 0
+    ahead = 1 if engine.slots.device.type == "cuda" and engine.seats.requests and not engine.drafts else 0
     while len(engine.flying) > ahead:
         land(engine)
     events, engine.events = engine.events, []

@@ -87,6 +87,7 @@ class GPT(TextGenerator):
     compile: bool | str = "auto"  # the compiled step: "auto" where it pays, or True, or False
     weights = "float32"  # what the compiled step keeps them as: "float32", "bfloat16" or "int8"
     packed = None
+    drafts = None  # what guesses several tokens at once: Lookup() or DraftModel(decoder), from chapter 7a
 
     def __init__(
         self,
@@ -119,11 +120,12 @@ def engine_for(
     rows: int = 16,  # texts at once
     length: int | None = None,  # tokens of the longest, prompt and all; None: the model's context
     tokens: int = 10**9,  # to be written, at most
+    drafts=None,  # what guesses several tokens at once; None: what the model has
 ) -> Engine:
     "An engine that takes requests for this model."
     slots = slots_for(model, rows, length or model.context_length, tokens)
     end = -1 if model.eos_id is None else model.eos_id
-    return Engine(slots, model.decoder.config, max(model.tokenizer.vocab_size, end + 1))
+    return Engine(slots, model.decoder.config, max(model.tokenizer.vocab_size, end + 1), drafts or model.drafts)
 
 
 def write(model: GPT, prompts: list[list[int]], seeds: list[int], config: GenerationConfig, closed=frozenset()):
