@@ -383,6 +383,10 @@ def native_prefill(
     ids = torch.tensor([i for _, _, ids in chunks for i in ids])
     places = torch.tensor([slot for slot, _, ids in chunks for _ in ids])
     at = torch.tensor([start + t for _, start, ids in chunks for t in range(len(ids))])
+    for name, x, most in (("token", ids, slots.packed.config.vocab_size), ("slot", places, slots.slots),
+                          ("position", at, slots.length)):
+        if not 0 <= x.min() <= x.max() < most:  # C would read and write wherever that is
+            raise UsageError(f"{name}s are from 0 to {most - 1}, not {x.min()} to {x.max()}")
     return read_rows(slots, ids, places, at, torch.tensor(sizes).cumsum(0) - 1)
 
 
