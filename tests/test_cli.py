@@ -142,6 +142,7 @@ def test_generate(work, tmp_path):
     text = "The fox" + model.generate("The fox", **settings)[0].text
     assert first.stdout == text + "\n" * (not text.endswith("\n"))
     assert "".join(piece.text for piece in model.stream("The fox", **settings)) == text.removeprefix("The fox")
+    for more in ("--lookup", "--draft-model runs/fox"): assert textgen(f"{line} --seed {seed} {more}", work).stdout == first.stdout
     several = textgen(f"{line} --seed {seed} --n 2", work).stdout
     texts = ["The fox" + one.text for one in model.generate("The fox", n=2, **settings)]
     assert several == "\n".join(f"[{i}]\n" + one.removesuffix("\n") + "\n" for i, one in enumerate(texts, 1))
@@ -236,6 +237,13 @@ def test_run_lacks_a_file(name, run):
     (run/name).unlink()
     if name == "config.json": (run/"config.yaml").unlink()
     refused(textgen("generate --prompt The --model", run.parent, more=[run]), name)
+
+
+def test_a_draft_model_of_other_tokens(work, tmp_path):
+    other = tmp_path/"other"
+    (tmp_path/"hare.txt").write_text(FABLE.replace("fox", "hare"), encoding="utf-8")
+    assert textgen(f"train demo --data {tmp_path}/hare.txt --out {other}", work, more=TINY).returncode == 0
+    refused(textgen("generate --model runs/fox --prompt The --draft-model", work, more=[other]), "not the tokens of the model")
 
 
 def test_run_is_not_there(tmp_path): refused(textgen("generate --prompt The --model ./nowhere", tmp_path), "'nowhere'", "no such directory")

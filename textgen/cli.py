@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'SETTINGS', 'Commands', 'program', 'complaint', 'main', 'read_changes', 'glance', 'headline', 'report',
            'suggestions', 'changed', 'begin', 'train', 'read_prompt', 'likelihoods', 'written', 'deliver', 'open_model',
-           'with_settings', 'typed', 'generate']
+           'guessing', 'with_settings', 'typed', 'generate']
 
 # %% ../nbs/14_cli.ipynb #97529a03
 import contextlib
@@ -301,6 +301,29 @@ def open_model(path: str, device: str | None):  # a TextGenerator
         generator.decoder.to(find_device(device))
     return generator
 
+# %% ../nbs/14_cli.ipynb #49c4e748
+def guessing(
+    generator,  # a TextGenerator
+    lookup: bool,  # guess from the text so far
+    draft_model: str | None,  # or by a smaller model, which is there
+    device: str | None,
+):
+    "Give a model what guesses for it, as asked; raises UsageError."
+    from textgen.core import UsageError
+    from textgen.speculative import DraftModel, Lookup
+
+    if lookup and draft_model is not None:
+        raise UsageError("--lookup and --draft-model both guess; choose one")
+    if not hasattr(generator, "drafts"):
+        raise UsageError(f"a model of the kind {type(generator).__name__} takes no guesses; leave out --lookup and --draft-model")
+    if lookup:
+        generator.drafts = Lookup()
+        return
+    smaller = open_model(draft_model, device)
+    if not hasattr(smaller, "drafts") or smaller.tokenizer.pieces != generator.tokenizer.pieces:
+        raise UsageError(f"--draft-model {draft_model}: it has not the tokens of the model; take one of the same family")
+    generator.drafts = DraftModel(smaller.decoder)
+
 # %% ../nbs/14_cli.ipynb #fe46722b
 SETTINGS = {  # name: type, what --help says, and how it names the value
     "max_new_tokens": (int, "How many tokens to write at most."),
@@ -365,6 +388,8 @@ def generate(
     prompt: Annotated[str | None, Option(metavar="TEXT", help="What to continue; - reads standard input.")] = None,
     output: Annotated[Path | None, Option(metavar="FILE", help="Save the text there instead of showing it.")] = None,
     device: Annotated[str | None, Option(help="cpu, cuda, cuda:1, mps or auto.")] = None,
+    lookup: Annotated[bool, Option("--lookup", help="The same text, faster where it repeats itself.")] = False,
+    draft_model: Annotated[str | None, Option(metavar="RUN", help="The same text, guessed by a smaller model.")] = None,
     **settings,
 ):
     """Continue a text.
@@ -375,5 +400,8 @@ def generate(
       textgen generate --model runs/demo --prompt "One day" --stop "." --top-p 0.9 --n 3
     """
     settings = {"seed": secrets.randbits(32)} | typed(settings)
-    done = deliver(written(open_model(model, device), read_prompt(prompt), settings), output)
+    generator = open_model(model, device)
+    if lookup or draft_model is not None:
+        guessing(generator, lookup, draft_model, device)
+    done = deliver(written(generator, read_prompt(prompt), settings), output)
     typer.echo(f"{done}seed {settings['seed']}", err=True)
