@@ -72,18 +72,18 @@ def slots_for(
     "As many slots as rows, but not too many, of the kind that is fastest for this."
     device, decoder, length = model.decoder.transformer.wte.weight.device, model.decoder, min(length, model.context_length)
     rows = min(rows, 16 if device.type == "cpu" else 64)
-    if device.type == "cpu" and model.compile:
+    wanted = model.compile is True or model.compile and model.weights == "int8"
+    if device.type == "cpu" and model.compile == "auto" and not wanted:
         ready = model.packed is not None and model.packed[0] == state_of(decoder)
-        built = library_path(PARTS).is_file()
-        if model.compile is True or model.weights == "int8" or worth_compiling(decoder, tokens, built, ready):
-            if packed := packed_decoder(model):
-                return NativeSlots(packed, rows, length)
+        wanted = worth_compiling(decoder, tokens, library_path(PARTS).is_file(), ready)
+    if device.type == "cpu" and wanted and (packed := packed_decoder(model)):
+        return NativeSlots(packed, rows, length)
     return Slots(decoder, rows, length)
 
 # %% ../nbs/07f_gpt.ipynb #b35bbfbc
 class GPT(TextGenerator):
     "A decoder and its tokenizer, ready to write."
-    honours = frozenset(GenerationConfig.model_fields) - {"regex", "json_schema"}
+    honours = frozenset(GenerationConfig.model_fields)
     compile: bool | str = "auto"  # the compiled step: "auto" where it pays, or True, or False
     weights = "float32"  # what the compiled step keeps them as: "float32", "bfloat16" or "int8"
     packed = None
@@ -125,20 +125,22 @@ def engine_for(
     "An engine that takes requests for this model."
     slots = slots_for(model, rows, length or model.context_length, tokens)
     end = -1 if model.eos_id is None else model.eos_id
-    return Engine(slots, model.decoder.config, max(model.tokenizer.vocab_size, end + 1), drafts or model.drafts)
+    return Engine(slots, model.decoder.config, max(model.tokenizer.vocab_size, end + 1), model.tokenizer, drafts or model.drafts)
 
 
 def write(model: GPT, prompts: list[list[int]], seeds: list[int], config: GenerationConfig, closed=frozenset()):
     "Write all rows, each a request of an engine of their own; yields a Token for each step of each row."
     length, ends = max(map(len, prompts)) + config.max_new_tokens, set() if model.eos_id is None else {model.eos_id}
     engine = engine_for(model, len(prompts), length, len(prompts) * config.max_new_tokens)
-    requests = [engine.add(ids, config, seed, ends, row) for row, (ids, seed) in enumerate(zip(prompts, seeds))]
+    requests = {row: engine.add(ids, config, seed, ends, row) for row, (ids, seed) in enumerate(zip(prompts, seeds))}
     while engine.busy:
         for token in engine.step():
             if token.row not in closed:
+                if requests[token.row].error:
+                    raise requests[token.row].error
                 yield token
-        for row in closed:
-            engine.cancel(requests[row])
+        for row in closed & requests.keys():
+            engine.cancel(requests.pop(row))
 
 # %% ../nbs/07f_gpt.ipynb #d3399c4c
 def read_generation_config(

@@ -18,8 +18,9 @@ from torch import Tensor
 from .choosing import choose, settings_of
 from .core import GenerationConfig, UsageError
 from .decoder import Decoder
-from .engine import Engine, Flight, Request, common, land, launch, make_room, on_device, read_prompts, vacate
+from .engine import Engine, Flight, gather, land, launch, make_room, on_device, read_prompts, vacate
 from .native import NativeSlots, Packed, read_rows
+from .seats import Request, ahead, common
 from .slots import Slots, padded
 
 # %% ../nbs/07a_speculative.ipynb #09ff0690
@@ -150,7 +151,7 @@ def read_guesses(engine: Engine, guesses: list[list[int]]) -> list[Tensor]:  # f
 # %% ../nbs/07a_speculative.ipynb #600d37d7
 def speculate(engine: Engine, drafts: Drafts) -> bool:  # False: nothing was guessed, and nothing done
     "A step with guesses: read them all, choose as ever, and keep those that were chosen anyway."
-    if not (writers := make_room(engine)):
+    if not (writers := make_room(engine).requests):
         return False
     guesses = drafts.guess(engine, worthwhile(engine, drafts, writers))
     if not any(guesses):
@@ -159,7 +160,8 @@ def speculate(engine: Engine, drafts: Drafts) -> bool:  # False: nothing was gue
     for request, guess in zip(writers, guesses):
         request.read += 1 + len(guess)  # all move together, should somebody leave
     parts = [torch.stack([x[0] for x in logits]), read_prompts(engine)]
-    launch(engine, torch.cat([x for x in parts if x is not None]))
+    engine.company = None  # it is elsewhere after guesses
+    launch(engine, torch.cat([x for x in parts if x is not None]), gather(engine))
     while engine.flying:
         land(engine)
     begun = []
@@ -182,7 +184,7 @@ def follow(
     every = [request for request, guess, _ in rows for _ in guess]  # R
     device = engine.slots.device
     settings = settings_of([r.config for r in every], engine.vocab, [r.ends for r in every], device)
-    u = on_device(np.concatenate([r.look(len(guess)) for r, guess, _ in rows]).tolist(), torch.float32, device)
+    u = on_device(np.concatenate([ahead(r, len(guess)) for r, guess, _ in rows]).tolist(), torch.float32, device)
     ids = choose(torch.cat([logits[1:, : engine.vocab] for *_, logits in rows]), u, settings).tolist()
     for request, guess, _ in rows:
         chosen, ids = ids[: len(guess)], ids[len(guess) :]
@@ -192,7 +194,8 @@ def follow(
 
 def take(engine: Engine, drafts: Drafts, request: Request, guess: list[int], ids: list[int]):
     "More tokens for a text, one for each right guess; what was read of wrong ones is forgotten."
-    request.draw(len(ids))
+    request.steps += len(ids)
+    engine.company = None
     request.read -= len(guess) - len(ids)
     drafts.hear(request, len(guess), len(ids))
     if ids:
@@ -286,7 +289,7 @@ def write_on(engine: Engine, drafts: DraftModel, writers: list[Request], count: 
     "The next tokens of all writers, by the draft model."
     slots, device = drafts.slots, engine.slots.device
     starts = on_device([follower.read for follower in drafts.followers[: len(writers)]], torch.int64, device)
-    u = on_device(np.stack([r.look(count) for r in writers], axis=1).tolist(), torch.float32, device)  # (count, B)
+    u = on_device(np.stack([ahead(r, count) for r in writers], axis=1).tolist(), torch.float32, device)  # (count, B)
     ids, out = engine.ids[: len(writers)], []
     if slots.writes:
         rows = [(r.config.temperature, r.config.top_k or 0, r.config.top_p, r.config.min_p) for r in writers]
