@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'SETTINGS', 'Commands', 'program', 'complaint', 'main', 'read_changes', 'glance', 'headline', 'report',
            'suggestions', 'changed', 'begin', 'train', 'read_prompt', 'likelihoods', 'written', 'deliver', 'open_model',
-           'guessing', 'with_settings', 'typed', 'generate']
+           'with_settings', 'guessing', 'typed', 'generate']
 
 # %% ../nbs/14_cli.ipynb #97529a03
 import contextlib
@@ -301,29 +301,6 @@ def open_model(path: str, device: str | None):  # a TextGenerator
         generator.decoder.to(find_device(device))
     return generator
 
-# %% ../nbs/14_cli.ipynb #49c4e748
-def guessing(
-    generator,  # a TextGenerator
-    lookup: bool,  # guess from the text so far
-    draft_model: str | None,  # or by a smaller model, which is there
-    device: str | None,
-):
-    "Give a model what guesses for it, as asked; raises UsageError."
-    from textgen.core import UsageError
-    from textgen.speculative import DraftModel, Lookup
-
-    if lookup and draft_model is not None:
-        raise UsageError("--lookup and --draft-model both guess; choose one")
-    if not hasattr(generator, "drafts"):
-        raise UsageError(f"a model of the kind {type(generator).__name__} takes no guesses; leave out --lookup and --draft-model")
-    if lookup:
-        generator.drafts = Lookup()
-        return
-    smaller = open_model(draft_model, device)
-    if not hasattr(smaller, "drafts") or smaller.tokenizer.pieces != generator.tokenizer.pieces:
-        raise UsageError(f"--draft-model {draft_model}: it has not the tokens of the model; take one of the same family")
-    generator.drafts = DraftModel(smaller.decoder)
-
 # %% ../nbs/14_cli.ipynb #fe46722b
 SETTINGS = {  # name: type, what --help says, and how it names the value
     "max_new_tokens": (int, "How many tokens to write at most."),
@@ -358,6 +335,22 @@ def with_settings(function):
     function.__signature__ = head.replace(parameters=[*own, *more])
     function.__annotations__ |= hints
     return function
+
+
+def guessing(generator, lookup: bool, draft_model: str | None, device: str | None):
+    "Let a lookup, or a smaller model of the same tokens, guess for a model; raises UsageError."
+    from textgen.core import UsageError
+    from textgen.speculative import DraftModel, Lookup
+
+    if lookup and draft_model is not None:
+        raise UsageError("--lookup and --draft-model both guess; choose one")
+    smaller = generator if lookup else open_model(draft_model, device)
+    if not (hasattr(generator, "drafts") and hasattr(smaller, "drafts")):
+        raise UsageError("--lookup and --draft-model are for decoders, and not both models are; leave them out")
+    if smaller.tokenizer.pieces != generator.tokenizer.pieces:
+        raise UsageError(f"--draft-model {draft_model}: its tokens are not the tokens of the model; "
+                         "take one of the same family")
+    generator.drafts = Lookup() if lookup else DraftModel(smaller.decoder)
 
 # %% ../nbs/14_cli.ipynb #c1b7fe88
 def typed(

@@ -158,7 +158,7 @@ def admit(engine: Engine):
         seats.enter(engine.waiting.popleft())
         if request.looks_back:
             engine.history = engine.history or History(engine.slots.slots, 0, engine.slots.device)
-            engine.history.start(len(seats.requests) - 1, request.ids, 256)  # room for that many more; `launch` makes it longer
+            engine.history.start(len(seats.requests) - 1, request.ids, 256)  # room for more; `launch` makes it longer
 
 # %% ../nbs/07_engine.ipynb #0dd92f06
 def read_prompts(engine: Engine) -> Tensor | None:  # (n, V) logits of those n whose prompts are read
@@ -220,8 +220,9 @@ def launch(
 ):
     "Choose the next token of each row, and let those leave who have all they asked for."
     kept, history = logits[:, : engine.vocab], engine.history
-    if company.looks_back and (longest := max(len(r.ids) + r.steps - r.written for r in company.requests)) >= history.ids.shape[1]:
-        history.ids = F.pad(history.ids, (0, longest))
+    if company.looks_back:
+        longest = max(len(r.ids) + r.steps - r.written for r in company.requests)
+        history.ids = F.pad(history.ids, (0, longest)) if longest >= history.ids.shape[1] else history.ids
     possible = masked(kept, company.requests) if company.constrained else kept
     ids = choose(possible, company.draw(1)[0], company.settings, history)  # (B,)
     if company.looks_back:
@@ -275,7 +276,8 @@ def hear(engine: Engine, request: Request, token: int, *likely):
     "One token of one text."
     if token < 0:
         where = f"at new token {request.written + 1} of row {request.name}"
-        return fail(engine, request, TextgenError(f"the model gave no numbers {where}: {broken_layer(engine, request)}"))
+        error = TextgenError(f"the model gave no numbers {where}: {broken_layer(engine, request)}")
+        return fail(engine, request, error)
     if token in request.ends:
         return finish(engine, request, "stop")
     request.ids.append(token)
@@ -350,7 +352,8 @@ def write_several(engine: Engine):
         return
     left = min(min(r.most - r.steps, engine.config.n_positions - r.read) for r in company.requests)
     count, B = min(engine.slots.several, left), len(company.requests)
-    ids = engine.slots.write(engine.ids[:B], company.starts, company.numbers, company.draw(count), engine.vocab)  # (count, B)
+    u, newest = company.draw(count), engine.ids[:B]
+    ids = engine.slots.write(newest, company.starts, company.numbers, u, engine.vocab)  # (count, B)
     engine.ids[:B] = ids[-1].clamp(min=0)
     company.starts += count
     for request in company.requests:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'FLAGS', 'WHOLE', 'TYPES', 'compiler', 'cache_folder', 'processor', 'version', 'library_path', 'compiled',
-           'opened', 'build', 'Arena', 'Matrix', 'up', 'packed_vector', 'pack', 'address', 'linear']
+           'opened', 'build', 'Arena', 'Matrix', 'up', 'packed_vector', 'pack', 'address', 'in_c', 'linear']
 
 # %% ../nbs/06d_kernels.ipynb #fd8d741e
 import contextlib
@@ -50,15 +50,15 @@ FLAGS = ("-std=gnu11 -O3 -ffp-contract=fast -fno-math-errno -fPIC -shared "
 
 @lru_cache
 def compiler() -> tuple[str, ...] | None:  # the command and its flags; None where there is no compiler
-    "The C compiler of this machine: $CC (flags may follow), cc, gcc or clang; tuned to this processor, with OpenMP, where it can."
+    "$CC (flags may follow), cc, gcc or clang, tuned to this processor and with OpenMP where it knows how."
     own = os.environ.get("CC", "")
     for words in ([own] if shutil.which(own) else own.split(), ["cc"], ["gcc"], ["clang"]):
         if words and (path := shutil.which(words[0])):
             tuned = any(word.startswith(("-march", "-mcpu")) for word in words)
             for extra in product([""] if tuned else ["-march=native", "-mcpu=native", ""], ["-fopenmp", ""]):
                 command = path, *words[1:], *FLAGS, *filter(None, extra)
-                probe = subprocess.run([*command, "-x", "c", "-", "-o", os.devnull], input=b"int one;", capture_output=True)
-                if probe.returncode == 0:
+                probe = *command, "-x", "c", "-", "-o", os.devnull
+                if subprocess.run(probe, input=b"int one;", capture_output=True).returncode == 0:
                     return command
     return None
 
@@ -270,14 +270,23 @@ def pack(
         scale = weight.abs().amax(1).clamp(min=1e-30) / 127  # (O,)
         weight = (weight / scale[:, None]).round()
     blocks = F.pad(weight, (0, 0, 0, -O % 16)).to(dtype).view(-1, 16, I).transpose(1, 2)  # (O/16, I, 16)
-    return Matrix(arena.put(blocks), packed_vector(arena, scale), packed_vector(arena, bias), I, I, O, size)
+    matrix = Matrix(arena.put(blocks), packed_vector(arena, scale), packed_vector(arena, bias), I, I, O, size)
+    matrix.arena = arena  # which must live as long as its address
+    return matrix
 
 # %% ../nbs/06d_kernels.ipynb #0b2b6d0b
 def address(x: Tensor) -> ctypes.c_void_p:
     "Where the numbers of a contiguous tensor lie; raises UsageError for what C would misread."
     if not x.is_contiguous() or x.dtype not in (torch.float32, torch.float64, torch.int64) or x.device.type != "cpu":
         raise UsageError(f"kernels need contiguous float32, float64 or int64 on the CPU, not {x.dtype} on {x.device}")
-    return ctypes.c_void_p(x.data_ptr())
+    pointer = ctypes.c_void_p(x.data_ptr())
+    pointer.tensor = x  # kept as long as its address
+    return pointer
+
+
+def in_c(x: Tensor | int) -> ctypes.c_void_p | ctypes.c_int64:
+    "A tensor or a whole number as C takes it."
+    return ctypes.c_int64(x) if isinstance(x, int) else address(x)
 
 
 def linear(
@@ -287,8 +296,8 @@ def linear(
     threads: int = 1,
 ) -> Tensor:  # (R, up(O))
     "x times a packed matrix."
-    R, y, int64 = len(x), torch.zeros(len(x), up(matrix.outputs)), ctypes.c_int64
-    library.linear(ctypes.byref(matrix), address(x), int64(x.shape[1]), address(y), int64(y.shape[1]), int64(R), threads)
+    y = torch.zeros(len(x), up(matrix.outputs))
+    library.linear(ctypes.byref(matrix), *map(in_c, (x, x.shape[1], y, y.shape[1], len(x))), threads)
     return y
 
 # %% ../nbs/06d_kernels.ipynb #5e64dd77
@@ -316,7 +325,7 @@ INLINE float total(v16 x) {
 void exponentials(float *x, int64_t n) { for (int64_t i = 0; i < n; i += 16) AT(x + i) = exp16(AT(x + i)); }
 """)
 
-# %% ../nbs/06d_kernels.ipynb #14298494
+# %% ../nbs/06d_kernels.ipynb #ef63cd23
 SOURCE.append(r"""
 /* y = x (rows, C), with a mean of 0 unless `rms`, and a mean square of 1; times the gain, plus the bias, if any */
 void norm(const float *x, float *y, const float *gain, const float *bias, int64_t C, int64_t rows, int rms,
@@ -335,7 +344,10 @@ void norm(const float *x, float *y, const float *gain, const float *bias, int64_
         }
     }
 }
+""")
 
+# %% ../nbs/06d_kernels.ipynb #14298494
+SOURCE.append(r"""
 /* GELU of x (rows, I); with `gated`, x is (rows, 2I), and y = silu(first half) * second half */
 void activate(const float *x, float *y, int64_t I, int64_t rows, int gated) {
     for (int64_t r = 0; r < rows; r++, x += gated ? 2 * I : I, y += I)

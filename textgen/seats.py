@@ -63,14 +63,16 @@ def room(
     V, L, T, most = decoder_config.vocab_size, decoder_config.n_positions, len(prompt), config.max_new_tokens
     if not 1 <= T <= L:
         raise UsageError(f"prompt of {T} tokens; this model reads from 1 to {L}")
-    for what, ids in (("token id", prompt), ("stop_token_ids:", config.stop_token_ids), ("logit_bias:", config.logit_bias)):
-        if wrong := [i for i in ids if not 0 <= i < V]:
-            raise UsageError(f"{what} {wrong[0]} is none of the model's, which run from 0 to {V - 1}; use its own tokenizer")
+    named = {"token id": prompt, "stop_token_ids:": config.stop_token_ids, "logit_bias:": config.logit_bias}
+    if wrong := [(what, i) for what, ids in named.items() for i in ids if not 0 <= i < V]:
+        raise UsageError(f"{wrong[0][0]} {wrong[0][1]} is none of the model's, which run from 0 to {V - 1}; "
+                         "use its own tokenizer")
     if config.overflow == "error" and T + most > L:
         raise UsageError(f"{T} prompt tokens + max_new_tokens={most} exceed the model's context of {L}; ask for fewer")
     most = min(most, L - T) if config.overflow == "stop" else most
     if (needed := min(T + most, L)) > length:
-        raise UsageError(f"this text may need {needed} positions and a slot has {length}; ask for less, or make longer slots")
+        raise UsageError(f"this text may need {needed} positions and a slot has {length}; ask for less, or make "
+                         "longer slots")
     return most
 
 # %% ../nbs/06h_seats.ipynb #800b478f

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['padded', 'prefill', 'flat', 'lay_out', 'operations', 'look_up_one', 'decode_one', 'evaluating', 'free_memory',
-           'check_memory', 'Slots', 'prefill_chunks', 'decode_rows']
+           'check_memory', 'Slots', 'copy_slot', 'clear_slot', 'prefill_chunks', 'decode_rows']
 
 # %% ../nbs/06c_slots.ipynb #d124a4c0
 import contextlib
@@ -117,7 +117,7 @@ def decode_one(
         heads = linear(norm(x, g1, b1), qkv, b_qkv).view(B, -1, 1, D)  # (B, H+2G, 1, D)
         q, k, v = torch.split_with_sizes(heads, (c.n_head, G, G), 1)
         q, k = (turn(q), turn(k)) if turn else (q, k)
-        k, v = cache.k.scatter_(2, at, k).narrow(2, 0, upto), cache.v.scatter_(2, at, v).narrow(2, 0, upto)  # (B, G, upto, D)
+        k, v = (x.scatter_(2, at, new).narrow(2, 0, upto) for x, new in ((cache.k, k), (cache.v, v)))  # (B, G, upto, D)
         y = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=G < c.n_head)  # (B, H, 1, D)
         x = x + linear(y.view(B, -1), out, b_out)
         x = x + linear(activate(linear(norm(x, g2, b2), up, b_up)), down, b_down)  # (B, C)
@@ -161,12 +161,12 @@ def check_memory(
     token, free = 2 * config.n_layer * G * D * size, free_memory(device)  # keys and values of one token
     if free is not None and (needed := slots * length * token) > 0.95 * free:
         rows, tokens = int(0.95 * free / token / length), int(0.95 * free / token / slots)
-        raise TextgenError(f"{slots} texts of {length} tokens need {needed / 1e9:.1f} GB for keys and values, and {free / 1e9:.1f} "
-                           f"GB are free: {rows} texts of this length would fit, or {slots} of {tokens} tokens")
+        raise TextgenError(f"{slots} texts of {length} tokens need {needed / 1e9:.1f} GB for keys and values, and "
+                           f"{free / 1e9:.1f} GB are free: {rows} texts of this length would fit, or {slots} of {tokens} tokens")
 
 # %% ../nbs/06c_slots.ipynb #9d6f215a
 class Slots:
-    "Texts in progress, each in a slot of the caches; the rows that are decoded are in the first ones."
+    "Texts in progress, each in a slot of the caches; rows to decode are in the first ones."
     writes = False  # several tokens a call: see the compiled step
 
     def __init__(
@@ -191,18 +191,23 @@ class Slots:
             view.k, view.v = view.k[first:end], view.v[first:end]
         return views
 
-    def copy(self, source: int, target: int, upto: int):
-        "Copy the first positions of a slot to another one."
-        for cache in self.caches:
-            cache.k[target, :, :upto] = cache.k[source, :, :upto]
-            cache.v[target, :, :upto] = cache.v[source, :, :upto]
-
-    def clear(self, slot: int, begin: int):
-        "Forget what a slot holds from a position on: NaN must not stay there, for 0 times NaN is NaN."
-        for cache in self.caches:
-            cache.k[slot, :, begin:], cache.v[slot, :, begin:] = 0, 0
+    copy = lambda self, source, target, upto: copy_slot(self, source, target, upto)
+    clear = lambda self, slot, begin: clear_slot(self, slot, begin)
 
 # %% ../nbs/06c_slots.ipynb #5359aaae
+def copy_slot(slots: Slots, source: int, target: int, upto: int):
+    "Copy the first positions of a slot to another one."
+    for cache in slots.caches:
+        cache.k[target, :, :upto] = cache.k[source, :, :upto]
+        cache.v[target, :, :upto] = cache.v[source, :, :upto]
+
+
+def clear_slot(slots: Slots, slot: int, begin: int):
+    "Forget what a slot holds from a position on: NaN must not stay there, for 0 times NaN is NaN."
+    for cache in slots.caches:
+        cache.k[slot, :, begin:], cache.v[slot, :, begin:] = 0, 0
+
+# %% ../nbs/06c_slots.ipynb #e2fe20c2
 @torch.inference_mode()
 def prefill_chunks(
     slots: Slots,
@@ -214,11 +219,11 @@ def prefill_chunks(
         if all((slot, start) == (first + n, 0) for n, (slot, start, _) in enumerate(chunks)):
             return prefill(decoder, [ids for _, _, ids in chunks], slots.part(first, first + len(chunks)))
         for slot, start, ids in chunks:
-            x = decoder.transformer(padded([ids], decoder), slots.part(slot, slot + 1), upto=start + len(ids))  # (1, T, C)
-            rows.append(decoder.logits(x[:, -1]))
+            caches, upto = slots.part(slot, slot + 1), start + len(ids)
+            rows.append(decoder.logits(decoder.transformer(padded([ids], decoder), caches, upto=upto)[:, -1]))
     return torch.cat(rows)
 
-
+# %% ../nbs/06c_slots.ipynb #f6e5e9b4
 @torch.inference_mode()
 def decode_rows(
     slots: Slots,

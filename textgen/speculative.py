@@ -40,12 +40,12 @@ class Places:
         runs = (tuple(ids[last - n :]) for n in range(min(longest, last), 0, -1))
         return next((self.latest[run] for run in runs if run in self.latest), None)
 
-# %% ../nbs/07a_speculative.ipynb #8a2fc600
+# %% ../nbs/07a_speculative.ipynb #0bfb99f3
 @dataclass
 class Pace:
     "How many tokens are worth guessing in a text, judged by how the last guesses went."
     most: int  # tokens of the next guess
-    wait: int = 1  # tokens to write without guesses, should the next one be wrong as well
+    wait: int = 1  # tokens written without guesses after the last failure
     due: int = 0  # new tokens before which nothing is guessed
 
     def hear(self, limit: int, guessed: int, right: int, steps: int):
@@ -108,15 +108,14 @@ class Lookup(Drafts):
         return new
 
     def guess(self, engine, counts):
-        return [self.following(request, count) if count else [] for request, count in zip(engine.seats.requests, counts)]
+        writers = zip(engine.seats.requests, counts)
+        return [self.following(request, count) if count else [] for request, count in writers]
 
     def following(self, request: Request, count: int) -> list[int]:
-        "Tokens from the place found on; where they reach the end of the text, the guess goes on with itself."
+        "Tokens from the place found on; where they reach the end of the text, they begin again."
         at = self.places.setdefault(request, Places(self.longest)).find(request.ids)
-        if at is None:
-            return []
-        known = request.ids[at : at + count]
-        return [known[n % len(known)] for n in range(count)]
+        known = [] if at is None else request.ids[at : at + count]
+        return [known[n % len(known)] for n in range(count)] if known else []
 
 # %% ../nbs/07a_speculative.ipynb #7e9138dc
 def worthwhile(engine: Engine, drafts: Drafts, writers: list[Request]) -> list[int]:
@@ -204,7 +203,7 @@ def take(engine: Engine, drafts: Drafts, request: Request, guess: list[int], ids
     if request.steps == request.most:
         vacate(engine, request)
 
-# %% ../nbs/07a_speculative.ipynb #ce9d230c
+# %% ../nbs/07a_speculative.ipynb #5922e907
 @dataclass
 class Follower:
     "What the slot of a draft model holds of a request."
@@ -221,36 +220,35 @@ class Follower:
         begin = max(request.begin, len(request.ids) - max(1, context // 2) if full else self.begin)
         if begin != self.begin:
             self.begin, self.read, self.guesses = begin, 0, []
-        at = self.begin + self.read
-        newer = request.ids[at:-1]
+        newer = request.ids[self.begin + self.read : -1]
         right, self.guesses = common(self.guesses, newer), []
         self.read += right
         return newer[right:]
 
-# %% ../nbs/07a_speculative.ipynb #a53d63ea
+# %% ../nbs/07a_speculative.ipynb #646ee748
 class DraftModel(Drafts):
     "A smaller decoder writes what is then checked (Leviathan et al. 2023), with the same uniforms."
 
     def __init__(
         self,
-        decoder: Decoder,  # of the same vocabulary; with compiled slots as its weights are when it is first used
+        decoder: Decoder,  # of the same vocabulary; for compiled slots its weights are packed once, at first use
         tokens: int = 4,  # of a guess, at most
     ):
         super().__init__(tokens)
         self.decoder, self.packed = decoder, None
 
     def fresh(self, engine):
-        ours, theirs, device = self.decoder.config, engine.config, self.decoder.transformer.wte.weight.device
-        if ours.vocab_size != theirs.vocab_size:
-            raise UsageError(f"the draft model has {ours.vocab_size} tokens and the model {theirs.vocab_size}; "
-                             "a draft model must share the vocabulary")
+        ours, V, device = self.decoder.config, engine.config.vocab_size, self.decoder.transformer.wte.weight.device
+        if ours.vocab_size != V:
+            raise UsageError(f"the draft model has {ours.vocab_size} tokens and the model {V}; they must share a vocabulary")
         if device != engine.slots.device:
             raise UsageError(f"the draft model is on {device} and the model on {engine.slots.device}; move one of them")
         slots, length = engine.slots.slots, min(engine.slots.length, ours.n_positions)
         if engine.slots.writes and self.packed is None:
             self.packed = Packed(self.decoder)
         new = super().fresh(engine)
-        new.slots = NativeSlots(self.packed, slots, length) if engine.slots.writes else Slots(self.decoder, slots, length)
+        kind, weights = (NativeSlots, self.packed) if engine.slots.writes else (Slots, self.decoder)
+        new.slots = kind(weights, slots, length)
         new.length, new.followers = length, [Follower() for _ in range(slots)]
         return new
 
@@ -258,47 +256,45 @@ class DraftModel(Drafts):
         self.followers[target], self.followers[source] = self.followers[source], Follower()
         self.slots.copy(source, target, self.followers[target].read + len(self.followers[target].guesses))
 
-    def guess(self, engine, counts):
-        return draft(engine, self, counts)
+    guess = lambda self, engine, counts: draft(engine, self, counts)
 
-# %% ../nbs/07a_speculative.ipynb #5922e907
-def draft(engine: Engine, drafts: DraftModel, counts: list[int]) -> list[list[int]]:
-    "Read what is new in the rows that are to be guessed, and write on; the others go along, and what is read there does not count."
-    writers, followers = engine.seats.requests[: len(counts)], drafts.followers
-    chunks, room = [], max(counts)
+# %% ../nbs/07a_speculative.ipynb #e2f4b869
+def draft(engine: Engine, drafts: DraftModel, counts: list[int]) -> list[list[int]]:  # guesses for each writer
+    "Read what is new in the rows that are to be guessed, and write on."
+    writers, followers, chunks = engine.seats.requests[: len(counts)], drafts.followers, []
+    if not (most := max(counts)):
+        return [[] for _ in counts]
     for slot, (request, count) in enumerate(zip(writers, counts)):
         if count:
             if newer := followers[slot].catch_up(request, drafts.decoder.config.n_positions):
                 chunks.append((slot, followers[slot].read, newer))
             followers[slot].read += len(newer)
-            room = min(room, drafts.length - followers[slot].read)
-    if not room:
-        return [[] for _ in counts]
+            most = min(most, drafts.length - followers[slot].read)
     if chunks:
         drafts.slots.prefill(chunks)
     for follower in followers[: len(counts)]:
-        follower.read, follower.guesses = min(follower.read, drafts.length - room), []
-    rows = write_on(engine, drafts, writers, room)
+        follower.read, follower.guesses = min(follower.read, drafts.length - most), []
+    rows = write_on(engine, drafts, writers, most)
     for follower, row, count in zip(followers, rows, counts):
         if count:
             follower.read, follower.guesses = follower.read + 1, row[:-1]
     return [row[:count] for row, count in zip(rows, counts)]
 
-# %% ../nbs/07a_speculative.ipynb #4e573c94
+# %% ../nbs/07a_speculative.ipynb #5c305b2b
 def write_on(engine: Engine, drafts: DraftModel, writers: list[Request], count: int) -> list[list[int]]:
     "The next tokens of all writers, by the draft model."
     slots, device = drafts.slots, engine.slots.device
     starts = on_device([follower.read for follower in drafts.followers[: len(writers)]], torch.int64, device)
     u = on_device(np.stack([ahead(r, count) for r in writers], axis=1).tolist(), torch.float32, device)  # (count, B)
-    ids, out = engine.ids[: len(writers)], []
+    ids, out, configs = engine.ids[: len(writers)], [], [r.config if r.plain else GenerationConfig() for r in writers]
     if slots.writes:
-        rows = [(r.config.temperature, r.config.top_k or 0, r.config.top_p, r.config.min_p) for r in writers]
+        rows = [(c.temperature, c.top_k or 0, c.top_p, c.min_p) for c in configs]
         out = slots.write(ids, starts, torch.tensor(rows, dtype=torch.float64), u, engine.vocab)  # (count, B)
         return out.clamp(min=0).T.tolist()
-    settings = settings_of([r.config if r.plain else GenerationConfig() for r in writers], engine.vocab, [set()], device)
+    settings = settings_of(configs, engine.vocab, [set() for _ in configs], device)
     for n in range(count):
         ends = [follower.read + n + 1 for follower in drafts.followers[: len(writers)]]
-        logits = slots.decode(ids[:, None], starts + n, ends)[:, 0]
+        logits = slots.decode(ids[:, None], starts + n, ends)[:, 0]  # (B, V)
         ids = choose(logits[:, : engine.vocab], u[n], settings).clamp(min=0)
         out.append(ids)
     return torch.stack(out, dim=1).tolist()
