@@ -12,7 +12,7 @@ readme = HERE / "README.md"
 
 extras = {key.removesuffix("_requirements"): settings[key].split()
           for key in settings if key.endswith("_requirements")}
-extras["all"] = sorted({requirement for names in extras.values() for requirement in names})
+extras["all"] = sorted({requirement for name, names in extras.items() if name != "peers" for requirement in names})
 
 setup(
     name=settings["lib_name"],

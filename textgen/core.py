@@ -179,7 +179,8 @@ REGISTRY = {
     "generators": {"gpt": "textgen.gpt:GPT"},
     "tokenizers": {},
     "metrics": {},
-    "commands": {"data": "textgen.data_commands:app", "export": "textgen.export:app"},
+    "commands": {"data": "textgen.data_commands:app", "export": "textgen.export:app",
+                 "benchmark": "textgen.benchmark:app"},
 }
 # the model_type of a config.json, or what a file is -> the generator that reads it
 MODEL_TYPES = {"gpt2": "gpt", "llama": "gpt", "textgen": "gpt", "gguf": "gpt"}
