@@ -136,7 +136,7 @@ def write(model: GPT, prompts: list[list[int]], seeds: list[int], config: Genera
     while engine.busy:
         for token in engine.step():
             if token.row not in closed:
-                if requests[token.row].error:
+                if token.finish_reason == "error":
                     raise requests[token.row].error
                 yield token
         for row in closed & requests.keys():
