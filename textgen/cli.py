@@ -290,16 +290,11 @@ def deliver(parts: Iterator[str], output: Path | None) -> str:  # what became of
     return f"saved {len(text):,} characters in {output}; "
 
 # %% ../nbs/14_cli.ipynb #7a95bc5e
-def open_model(path: str, device: str | None):  # a TextGenerator
-    "A model, on the device that was asked for, if any; raises UsageError."
+def open_model(path: str, **options):  # a TextGenerator
+    "A model, with those options of `load` that were given; raises UsageError."
     from textgen.core import load
 
-    generator = load(path)
-    if device is not None:
-        from textgen.gpt import find_device
-
-        generator.decoder.to(find_device(device))
-    return generator
+    return load(path, **{name: value for name, value in options.items() if value is not None})
 
 # %% ../nbs/14_cli.ipynb #fe46722b
 SETTINGS = {  # name: type, what --help says, and how it names the value
@@ -337,14 +332,14 @@ def with_settings(function):
     return function
 
 
-def guessing(generator, lookup: bool, draft_model: str | None, device: str | None):
+def guessing(generator, lookup: bool, draft_model: str | None, **options):
     "Let a lookup, or a smaller model of the same tokens, guess for a model; raises UsageError."
     from textgen.core import UsageError
     from textgen.speculative import DraftModel, Lookup
 
     if lookup and draft_model is not None:
         raise UsageError("--lookup and --draft-model both guess; choose one")
-    smaller = generator if lookup else open_model(draft_model, device)
+    smaller = generator if lookup else open_model(draft_model, **options)
     if not (hasattr(generator, "drafts") and hasattr(smaller, "drafts")):
         raise UsageError("--lookup and --draft-model are for decoders, and not both models are; leave them out")
     if smaller.tokenizer.pieces != generator.tokenizer.pieces:
@@ -381,6 +376,8 @@ def generate(
     prompt: Annotated[str | None, Option(metavar="TEXT", help="What to continue; - reads standard input.")] = None,
     output: Annotated[Path | None, Option(metavar="FILE", help="Save the text there instead of showing it.")] = None,
     device: Annotated[str | None, Option(help="cpu, cuda, cuda:1, mps or auto.")] = None,
+    dtype: Annotated[str | None, Option(help="Numbers of the weights: float32, bfloat16, float16, int8 or auto.")] = None,
+    compile: Annotated[bool | None, Option(help="The compiled step: always or never; else where it pays.")] = None,
     lookup: Annotated[bool, Option("--lookup", help="The same text, faster where it repeats itself.")] = False,
     draft_model: Annotated[str | None, Option(metavar="RUN", help="The same text, guessed by a smaller model.")] = None,
     **settings,
@@ -393,8 +390,9 @@ def generate(
       textgen generate --model runs/demo --prompt "One day" --stop "." --top-p 0.9 --n 3
     """
     settings = {"seed": secrets.randbits(32)} | typed(settings)
-    generator = open_model(model, device)
+    options = {"device": device, "dtype": dtype, "compile": compile}
+    generator = open_model(model, **options)
     if lookup or draft_model is not None:
-        guessing(generator, lookup, draft_model, device)
+        guessing(generator, lookup, draft_model, **options)
     done = deliver(written(generator, read_prompt(prompt), settings), output)
     typer.echo(f"{done}seed {settings['seed']}", err=True)
