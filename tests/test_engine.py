@@ -1,5 +1,5 @@
 """What no notebook can check of the engine: memory after a stream is closed, waits for the device, other devices, faults of the disk."""
-import copy, gc, json, math, os, subprocess, sys, warnings, weakref
+import copy, gc, json, math, os, re, subprocess, sys, warnings, weakref
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from textgen.kernels import compiler
 from textgen.native import native_library
 from textgen.scoring import document_nll, token_nll, windows
 from textgen.slots import decode_one, lay_out, prefill
-from textgen.tokenizer import BPETokenizer, CharTokenizer
+from textgen.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
 L = 16
 TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz .\n")
@@ -151,6 +151,123 @@ def test_a_long_prompt_does_not_hold_up_the_others(model):
     engine.add([2] * 16, GenerationConfig(max_new_tokens=100), name="long")
     steps = [[token.row for token in engine.step()] for _ in range(8)]
     assert steps == [["short"]] * 7 + [["short", "long"]]
+
+
+RULES = [dict(regex="(cat|dog)s? (and|or) [a-c]{1,4}"), dict(regex=r"[a-z]+\.", temperature=0), dict(regex=r"a{3}b*c", presence_penalty=1.0, logprobs=2),
+         dict(regex="x|y", min_new_tokens=5, stop_token_ids=(3,)), dict(regex="(ab ?){9}", no_repeat_ngram_size=2), dict(regex="[ab]{40}", top_k=1)]
+
+
+def test_rules_are_obeyed_in_mixed_company(model, compiled):
+    "What is constrained matches, or may still be finished; who shares the steps changes nothing for either."
+    pytest.importorskip("llguidance")
+    gpt = made(model.decoder, compiled)
+    wanted = [([1 + i], GenerationConfig(**{"max_new_tokens": 45, **(RULES[i // 2 % 6] if i % 2 else {})}), i) for i in range(24)]
+    def play(order, slots):
+        engine, rows = engine_for(gpt, slots), {i: [] for i in order}
+        for i in order: engine.add(*wanted[i], name=i)
+        while engine.busy:
+            for token in engine.step(): rows[token.row].append(token[:3])
+        return rows
+    together = play(range(24), 5)
+    for i in range(24): assert play([i], 1)[i] == together[i]
+    finished = 0
+    for i in range(1, 24, 2):
+        text, reason = TOKENIZER.decode([t[1] for t in together[i] if t[1] is not None]), together[i][-1][2]
+        if reason == "stop": assert re.fullmatch(RULES[i // 2 % 6]["regex"], text)
+        else: assert len(text) == 45
+        finished += reason == "stop"
+    assert finished >= 6
+
+
+def test_json_by_a_schema(compiled):
+    pytest.importorskip("llguidance")
+    schema = {"type": "array", "items": {"enum": [1, "two", None]}, "minItems": 1, "maxItems": 3}
+    torch.manual_seed(0)
+    gpt = GPT(Decoder(DecoderConfig(vocab_size=257, n_positions=64, n_embd=16, n_layer=1, n_head=1)), ByteTokenizer(eos_token="<end>"))
+    gpt.compile = compiled
+    for generation in gpt.generate(["a", "b"], json_schema=schema, n=6, seed=2, temperature=0.7):
+        assert generation.finish_reason == "stop" and set(json.loads(generation.text)) <= {1, "two", None}
+        assert gpt.tokenizer.eos_id not in generation.token_ids
+
+
+def test_a_rule_that_cannot_be_obeyed_ends_one_request(model, compiled, monkeypatch):
+    pytest.importorskip("llguidance")
+    gpt = made(model.decoder, compiled)
+    with pytest.raises(UsageError, match="regex '.a': unclosed"): gpt.generate("a", regex="[a")
+    with pytest.raises(UsageError, match="can go on after ''"): gpt.generate("a", regex="[0-9]+")
+    engine = engine_for(gpt, 2)
+    bad = engine.add([1], GenerationConfig(regex="[a-z]{30}"), name="bad")
+    good = engine.add([2], GenerationConfig(max_new_tokens=9), name="good")
+    engine.step()
+    monkeypatch.setattr(bad.constraint, "advance", lambda token: (_ for _ in ()).throw(TextgenError("too much")))
+    while engine.busy: engine.step()
+    assert (bad.finish_reason, str(bad.error), good.finish_reason, good.written) == ("error", "too much", "length", 9)
+
+
+def test_a_fault_ends_one_request_and_its_slot_is_clean(model, compiled):
+    "One token is poison to the model: only texts that have it end, and whoever takes their slot is not harmed."
+    decoder = copy.deepcopy(model.decoder)
+    with torch.no_grad(): decoder.transformer.wte.weight[V - 1] = math.nan
+    gpt, healthy = made(decoder, compiled), made(model.decoder, compiled)
+    def play(gpt, prompts):
+        engine = engine_for(gpt, 3)
+        engine.vocab = V - 1  # the poison is never written
+        asked = [engine.add(prompt, GenerationConfig(max_new_tokens=n), seed=n) for n, prompt in prompts]
+        while engine.busy: engine.step()
+        return asked
+    prompts = [(5 + n % 7, [n % 9, V - 1, 3] * 4 if n % 3 == 1 else [n % 9, 2, 3][:1 + n % 3]) for n in range(20)]
+    for broken, whole, (_, prompt) in zip(play(gpt, prompts), play(healthy, prompts), prompts):
+        if V - 1 in prompt: assert broken.finish_reason == "error" and "first in the embeddings" in str(broken.error)
+        else: assert broken.finish_reason == "length" and broken.ids == whole.ids
+
+
+def test_an_exception_leaves_the_engine_clearly_dead(model, compiled, monkeypatch):
+    engine = engine_for(made(model.decoder, compiled), 2)
+    engine.add([1], GenerationConfig(max_new_tokens=50))
+    engine.step()
+    for name in ("decode", "write"): monkeypatch.setattr(type(engine.slots), name, lambda *a: {}["no such thing"], raising=False)
+    with pytest.raises(KeyError): engine.step()
+    for call in (engine.step, lambda: engine.add([1])):
+        with pytest.raises(TextgenError, match="stopped in the middle of a step .*no such thing.*; make a new one"): call()
+
+
+def test_a_thousand_requests_over_16_slots(model, compiled):
+    engine, rng, ended = engine_for(made(model.decoder, compiled), 16), np.random.default_rng(0), []
+    asked = [engine.add(rng.integers(0, V, rng.integers(1, L + 1)).tolist(), GenerationConfig(max_new_tokens=int(rng.integers(1, 12)), stop_token_ids=(5,)),
+                        seed=n, name=n) for n in range(1000)]
+    for request in asked[::10]: engine.cancel(request)
+    while engine.busy:
+        for token in engine.step():
+            if token.finish_reason: ended.append(token.row)
+            if token.row % 10 == 1: engine.cancel(asked[token.row])  # in the middle of the events of a step
+    assert {r.finish_reason for r in asked} == {"stop", "length", "cancelled"} and len(ended) == len(set(ended))
+    assert {n for n in range(1000) if n % 10 > 1} <= set(ended) and not engine.seats.requests and engine.seats.writing == 0
+
+
+def test_slides_while_others_read_long_prompts(compiled):
+    torch.manual_seed(3)
+    decoder = Decoder(DecoderConfig(vocab_size=V, n_positions=12, n_embd=16, n_layer=2, n_head=2)).eval()
+    with torch.no_grad(): decoder.transformer.wte.weight.mul_(30)
+    gpt, rng = made(decoder, compiled), np.random.default_rng(4)
+    prompts = [rng.integers(0, V, 12).tolist() for _ in range(10)]
+    engine, rows = engine_for(gpt, 4), {n: [] for n in range(10)}
+    engine.CHUNK = 3  # so reading a prompt takes four steps
+    for n, prompt in enumerate(prompts): engine.add(prompt, GenerationConfig(max_new_tokens=15 + n, temperature=0), name=n)
+    while engine.busy:
+        for token in engine.step(): rows[token.row].append(token.id)
+    for n, prompt in enumerate(prompts):
+        assert slow(decoder, prompt, 15 + n, lambda logits, t: logits.argmax(-1))[12:] == rows[n]
+
+
+@pytest.mark.parametrize("prompt, settings, words", [
+    ("text", {}, "prompt: give token ids"), ([], {}, "prompt of 0 tokens"), ([1] * (L + 1), {}, f"prompt of {L + 1} tokens"), ([V], {}, f"token id {V}"),
+    ([-1], {}, "token id -1"), ([1], dict(config={"top_k": 3}), "config: give a GenerationConfig"), ([1], dict(seed=-1), "seed: give a whole number"),
+    ([1], dict(config=GenerationConfig(stop_token_ids=(V,))), "stop_token_ids:"), ([1], dict(config=GenerationConfig(regex="(")), "regex"),
+    ([1], dict(config=GenerationConfig(overflow="error", max_new_tokens=99)), "exceed the model's context")])
+def test_bad_requests_are_one_line_and_leave_nothing_behind(model, prompt, settings, words):
+    engine = engine_for(made(model.decoder, False), 2)
+    with pytest.raises(UsageError) as told: engine.add(prompt, **settings)
+    assert words in str(told.value) and "\n" not in str(told.value) and not engine.busy
 
 
 def test_training_goes_on_after_writing(model, compiled):

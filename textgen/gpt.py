@@ -59,7 +59,8 @@ def packed_decoder(
         model.compile = False
         return None
     if not built:
-        print(f"compiled the decoder's step, once on this machine: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        seconds = time.perf_counter() - start
+        print(f"compiled the decoder's step, once on this machine: {seconds:.1f} s", file=sys.stderr)
     return model.packed[1]
 
 # %% ../nbs/07f_gpt.ipynb #5e5cdf9b
@@ -70,7 +71,8 @@ def slots_for(
     tokens: int,  # to be written, at most, all together
 ) -> Slots | NativeSlots:
     "As many slots as rows, but not too many, of the kind that is fastest for this."
-    device, decoder, length = model.decoder.transformer.wte.weight.device, model.decoder, min(length, model.context_length)
+    decoder, length = model.decoder, min(length, model.context_length)
+    device = decoder.transformer.wte.weight.device
     rows = min(rows, 16 if device.type == "cpu" else 64)
     wanted = model.compile is True or model.compile and model.weights == "int8"
     if device.type == "cpu" and model.compile == "auto" and not wanted:
@@ -103,12 +105,11 @@ class GPT(TextGenerator):
         self.context_length, self.eos_id = decoder.config.n_positions, tokenizer.eos_id if own is None else own
 
     tokens = lambda self, prompts, seeds, config, closed: write(self, prompts, seeds, config, closed)
+    save = lambda self, path: save_model(self, path)
 
     def nll(self, texts):
         texts = [texts] if isinstance(texts, str) else texts
         return document_nll(self.decoder, self.tokenizer.encode_batch(texts), self.eos_id).tolist()
-
-    save = lambda self, path: save_model(self, path)
 
     @classmethod
     def load(cls, path, device="auto", dtype="float32", compile="auto") -> "GPT":
@@ -127,7 +128,7 @@ def engine_for(
     end = -1 if model.eos_id is None else model.eos_id
     return Engine(slots, model.decoder.config, max(model.tokenizer.vocab_size, end + 1), model.tokenizer, drafts or model.drafts)
 
-
+# %% ../nbs/07f_gpt.ipynb #b43bd378
 def write(model: GPT, prompts: list[list[int]], seeds: list[int], config: GenerationConfig, closed=frozenset()):
     "Write all rows, each a request of an engine of their own; yields a Token for each step of each row."
     length, ends = max(map(len, prompts)) + config.max_new_tokens, set() if model.eos_id is None else {model.eos_id}

@@ -257,7 +257,7 @@ def packed_vector(arena: Arena, x: Tensor | None) -> int | None:  # its address
     "A vector, filled up to whole blocks with zeros."
     return None if x is None else arena.put(F.pad(x.detach().float(), (0, -len(x) % 16)))
 
-
+# %% ../nbs/06d_kernels.ipynb #c3193f16
 def pack(
     arena: Arena,  # to hold it
     weight: Tensor,  # (O, I), as nn.Linear has it
@@ -288,7 +288,7 @@ def in_c(x: Tensor | int) -> ctypes.c_void_p | ctypes.c_int64:
     "A tensor or a whole number as C takes it."
     return ctypes.c_int64(x) if isinstance(x, int) else address(x)
 
-
+# %% ../nbs/06d_kernels.ipynb #58684b03
 def linear(
     library: ctypes.CDLL,
     matrix: Matrix,

@@ -162,7 +162,8 @@ def check_memory(
     if free is not None and (needed := slots * length * token) > 0.95 * free:
         rows, tokens = int(0.95 * free / token / length), int(0.95 * free / token / slots)
         raise TextgenError(f"{slots} texts of {length} tokens need {needed / 1e9:.1f} GB for keys and values, and "
-                           f"{free / 1e9:.1f} GB are free: {rows} texts of this length would fit, or {slots} of {tokens} tokens")
+                           f"{free / 1e9:.1f} GB are free: {rows} texts of this length would fit, "
+                           f"or {slots} of {tokens} tokens")
 
 # %% ../nbs/06c_slots.ipynb #9d6f215a
 class Slots:
