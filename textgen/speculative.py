@@ -148,6 +148,7 @@ def read_guesses(engine: Engine, guesses: list[list[int]]) -> list[Tensor]:  # f
     return [x[: len(row)] for x, row in zip(logits, rows)]
 
 # %% ../nbs/07a_speculative.ipynb #600d37d7
+@torch.inference_mode()
 def speculate(engine: Engine, drafts: Drafts) -> bool:  # False: nothing was guessed, and nothing done
     "A step with guesses: read them all, choose as ever, and keep those that were chosen anyway."
     if not (writers := make_room(engine).requests):
@@ -240,16 +241,15 @@ class DraftModel(Drafts):
     def fresh(self, engine):
         ours, V, device = self.decoder.config, engine.config.vocab_size, self.decoder.transformer.wte.weight.device
         if ours.vocab_size != V:
-            raise UsageError(f"the draft model has {ours.vocab_size} tokens and the model {V}; they must share a vocabulary")
+            raise UsageError(f"the draft model has {ours.vocab_size} tokens and the model {V}; they must be the same")
         if device != engine.slots.device:
-            raise UsageError(f"the draft model is on {device} and the model on {engine.slots.device}; move one of them")
-        slots, length = engine.slots.slots, min(engine.slots.length, ours.n_positions)
+            raise UsageError(f"the draft model is on {device}, the model on {engine.slots.device}; move one of them")
         if engine.slots.writes and self.packed is None:
             self.packed = Packed(self.decoder)
-        new = super().fresh(engine)
         kind, weights = (NativeSlots, self.packed) if engine.slots.writes else (Slots, self.decoder)
-        new.slots = kind(weights, slots, length)
-        new.length, new.followers = length, [Follower() for _ in range(slots)]
+        new, count = super().fresh(engine), engine.slots.slots
+        new.length = min(engine.slots.length, ours.n_positions)
+        new.slots, new.followers = kind(weights, count, new.length), [Follower() for _ in range(count)]
         return new
 
     def move(self, source, target):
