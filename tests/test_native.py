@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
 from textgen import kernels
-from textgen.core import UsageError
+from textgen.core import TextgenError, UsageError
 from textgen.decoder import Decoder, DecoderConfig
 from textgen.kernels import SOURCE, build, compiler, library_path, opened
 from textgen.native import PARTS, NativeSlots, Packed, native_library
@@ -272,6 +272,11 @@ def test_a_cache_that_cannot_be_written_is_done_without(place, monkeypatch):
     (place/"file").write_text("no folder")
     monkeypatch.setenv("TEXTGEN_CACHE", str(place/"file"/"cache"))
     assert build(SMALL).answer() == 42 and not library_path(SMALL).exists()
+
+
+def test_no_place_to_compile_in(place, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(place/"nowhere"))
+    with pytest.raises(TextgenError, match="no room to compile in .*TMPDIR"): build(SMALL)
 
 
 def test_many_at_once_build_the_same(place):

@@ -85,10 +85,11 @@ class Engine:
         drafts=None,  # guesses of several tokens at once, from chapter 7a
     ):
         self.slots, self.config, self.vocab, self.tokenizer = slots, config, vocab or config.vocab_size, tokenizer
-        self.seats, self.waiting, self.history, self.company = Seats(slots), deque(), None, None  # company: the writers
+        self.seats, self.waiting, self.history = Seats(slots), deque(), None
         self.ids = torch.zeros(slots.slots, dtype=torch.int64, device=slots.device)  # the newest token of each writer
-        self.flying, self.events, self.fault = deque(), [], None  # steps on their way; what has happened; an exception inside
-        self.drafts = drafts and drafts.fresh(self)
+        self.company = None  # the writers; None: they have changed
+        self.flying, self.events = deque(), []  # steps whose tokens are on their way; what has happened since
+        self.fault, self.drafts = None, drafts and drafts.fresh(self)  # an exception inside a step; guesses
 
     add = lambda self, prompt, config=None, seed=0, ends=(), name=None: add(self, prompt, config, seed, ends, name)
     step = lambda self: step(self)
@@ -270,7 +271,7 @@ def land(engine: Engine):
                 likely = () if n is None else (extra[0][row], tuple(zip(extra[1][row][:n], extra[2][row][:n])))
                 hear(engine, request, token, *likely)
 
-# %% ../nbs/07_engine.ipynb #b7d1634c
+# %% ../nbs/07_engine.ipynb #7e4664af
 def hear(engine: Engine, request: Request, token: int, *likely):
     "One token of one text."
     if token < 0:
@@ -360,7 +361,7 @@ def write_several(engine: Engine):
     engine.flying.append(Flight(company.requests, ids))
     retire(engine, company)
 
-# %% ../nbs/07_engine.ipynb #cc57485a
+# %% ../nbs/07_engine.ipynb #ec6cb921
 def advance(engine: Engine):
     "Let requests in, read, and choose."
     admit(engine)

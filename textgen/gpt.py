@@ -88,8 +88,7 @@ class GPT(TextGenerator):
     honours = frozenset(GenerationConfig.model_fields)
     compile: bool | str = "auto"  # the compiled step: "auto" where it pays, or True, or False
     weights = "float32"  # what the compiled step keeps them as: "float32", "bfloat16" or "int8"
-    packed = None
-    drafts = None  # what guesses several tokens at once: Lookup() or DraftModel(decoder), from chapter 7a
+    packed = drafts = None  # the weights, packed; what guesses several tokens at once, from chapter 7a
 
     def __init__(
         self,
@@ -126,7 +125,8 @@ def engine_for(
     "An engine that takes requests for this model."
     slots = slots_for(model, rows, length or model.context_length, tokens)
     end = -1 if model.eos_id is None else model.eos_id
-    return Engine(slots, model.decoder.config, max(model.tokenizer.vocab_size, end + 1), model.tokenizer, drafts or model.drafts)
+    vocab, drafts = max(model.tokenizer.vocab_size, end + 1), drafts or model.drafts
+    return Engine(slots, model.decoder.config, vocab, model.tokenizer, drafts)
 
 # %% ../nbs/07f_gpt.ipynb #b43bd378
 def write(model: GPT, prompts: list[list[int]], seeds: list[int], config: GenerationConfig, closed=frozenset()):

@@ -119,17 +119,20 @@ def opened(path: Path) -> ctypes.CDLL | None:
 
 def build(
     source: list[str] = SOURCE,  # pieces of C
-) -> ctypes.CDLL:  # raises UsageError where there is no compiler, or it fails
+) -> ctypes.CDLL:  # raises UsageError where there is no compiler or it fails, TextgenError for want of room
     "Compile source, unless this was done before on this machine, and open what came out."
     path = library_path(source)
     if library := opened(path):
         return library
-    with tempfile.TemporaryDirectory(prefix="textgen-", ignore_cleanup_errors=True) as folder:
-        made = compiled(source, Path(folder, path.name))
-        with contextlib.suppress(TextgenError), atomic_path(path) as temporary:
-            shutil.copyfile(made, temporary)
-        if library := opened(path) or opened(made):
-            return library
+    try:
+        with tempfile.TemporaryDirectory(prefix="textgen-", ignore_cleanup_errors=True) as folder:
+            made = compiled(source, Path(folder, path.name))
+            with contextlib.suppress(TextgenError), atomic_path(path) as temporary:
+                shutil.copyfile(made, temporary)
+            if library := opened(path) or opened(made):
+                return library
+    except OSError as error:
+        raise TextgenError(f"no room to compile in ({error.strerror or error}); set TMPDIR to a folder with some") from error
     raise UsageError(f"this system does not open what {compiler()[0]} made of the kernels; try another one by CC=...")
 
 # %% ../nbs/06d_kernels.ipynb #898dd3b8
@@ -187,15 +190,16 @@ SOURCE.append(r"""
         else tile(m, b, x, xs, y, ys, rows, wide, 1);                                                       \
     }
 TILE(1, 1) TILE(2, 1) TILE(4, 1) TILE(8, 1) TILE(12, 1) TILE(1, 2) TILE(2, 2) TILE(4, 2) TILE(8, 2) TILE(12, 2)
-TILE(1, 4) TILE(2, 4) TILE(4, 4)
+TILE(1, 4) TILE(2, 4) TILE(4, 4) TILE(6, 1) TILE(6, 2) TILE(6, 4)
 typedef void Tile(const Matrix *, int64_t, const float *, int64_t, float *, int64_t);
 static const struct { int64_t rows; Tile *run[3]; } TILES[] = {  /* 1, 2 and 4 blocks wide */
+    {6, {tile_6_1, tile_6_2, tile_6_4}},  /* for many rows of float32 */
     {12, {tile_12_1, tile_12_2, 0}}, {8, {tile_8_1, tile_8_2, 0}}, {4, {tile_4_1, tile_4_2, tile_4_4}},
     {2, {tile_2_1, tile_2_2, tile_2_4}}, {1, {tile_1_1, tile_1_2, tile_1_4}}};
 
 INLINE void strip(const Matrix *m, int64_t first, int64_t last, const float *x, int64_t xs, float *y, int64_t ys,
                   int64_t rows) {
-    for (int64_t r = 0, k = 0; r < rows; r += TILES[k].rows) {
+    for (int64_t r = 0, k = rows < 24 || m->bytes != 4; r < rows; r += TILES[k].rows) {
         while (TILES[k].rows > rows - r) k++;
         for (int64_t b = first, w; b < last; b += 1 << w) {
             for (w = 2; b + (1 << w) > last || !TILES[k].run[w]; ) w--;

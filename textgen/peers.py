@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SHAPES', 'GGUF_NAMES', 'GGUF_SETTINGS', 'BYTES', 'CONTESTANTS', 'SLOW', 'ON_GPU', 'random_model', 'write_ctranslate2',
            'gguf_tensors', 'write_gguf', 'open_textgen', 'open_transformers', 'open_ctranslate2', 'llama_batch',
-           'llama_write', 'llama_context', 'open_llama', 'Contestant', 'Lost', 'died', 'hear', 'end', 'serve', 'Runner']
+           'llama_write', 'llama_context', 'open_llama', 'Contestant', 'Lost', 'died', 'hear', 'end', 'serve', 'deaf',
+           'Runner']
 
 # %% ../nbs/14c_peers.ipynb #95d71b73
 import contextlib
@@ -132,7 +133,9 @@ def open_transformers(folder, weights: str, compile: bool = False, device: str =
     "transformers' `generate`, with its usual cache, or with a static one and torch.compile."
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # its lock would outlive a process that is killed
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, weights)).to(device).eval()
     more = {"cache_implementation": "static"} if compile else {}
     if compile:
@@ -141,8 +144,8 @@ def open_transformers(folder, weights: str, compile: bool = False, device: str =
     def run(prompts, count, sampled):
         how = dict(do_sample=True, temperature=0.8, top_k=50) if sampled else dict(do_sample=False)
         ids = torch.tensor(prompts, device=device)
-        found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count,
-                               pad_token_id=0, **how, **more)
+        seen = torch.ones_like(ids)
+        found = model.generate(ids, attention_mask=seen, max_new_tokens=count, pad_token_id=0, **how, **more)
         return found[:, ids.shape[1]:].tolist()
     return run
 
@@ -311,7 +314,6 @@ def serve(
     threads: int,
 ):
     "Answer questions until there are no more: with seconds and rows of token ids, or a reason why there are none."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1), os.dup2(silence, 2)
@@ -331,6 +333,19 @@ def serve(
         connection.send(" ".join(f"{type(error).__name__}: {error}".split())[:200])
 
 # %% ../nbs/14c_peers.ipynb #bb13788a
+@contextlib.contextmanager
+def deaf():
+    "Block Ctrl-C for a while; a process that is started meanwhile never hears it."
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+# %% ../nbs/14c_peers.ipynb #e5241431
 class Runner:
     "A contestant in a process of its own; raises Lost when it cannot be opened."
 
@@ -345,7 +360,8 @@ class Runner:
         self.contestant, self.limit = contestant, limit
         self.connection, other = context.Pipe()
         self.process = context.Process(target=serve, args=(other, contestant, str(folder), threads), daemon=True)
-        self.process.start()
+        with deaf():
+            self.process.start()
         other.close()
         hear(self)
 

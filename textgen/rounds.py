@@ -155,7 +155,7 @@ def measure(
             for one in plan.contestants:
                 try:
                     runners[one.name] = Runner(one, folder, plan.threads, plan.limit)
-                    stack.callback(runners[one.name].close)
+                    stack.push(lambda error, *_, runner=runners[one.name]: runner.close(patience=0 if error else 10))
                 except Lost as error:
                     lost[one.name] = {"lost": str(error)}
             for where, (_, batch) in [pair for pair in plan.titles.items() if pair[1][0] == shape]:

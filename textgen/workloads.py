@@ -106,14 +106,11 @@ def repeating(shape: str):  # GPT
 
 # %% ../nbs/14e_workloads.ipynb #54e19380
 def speculative(model, shape: str) -> dict:
-    "Prompt lookup on a text that repeats itself against doing without; raises Lost where there is no such chapter."
+    "Prompt lookup on a text that repeats itself against doing without; raises Lost where the texts differ."
     from textgen.core import GenerationConfig
     from textgen.gpt import write
+    from textgen.speculative import Lookup
 
-    try:
-        from textgen.speculative import Lookup
-    except ModuleNotFoundError:
-        raise Lost("this version has no drafts") from None
     model, greedy = repeating(shape), lambda count: GenerationConfig(max_new_tokens=count, temperature=0)
     model.compile, length = True, SHAPES[shape]["n_positions"]
     texts, run = {}, lambda prompt, count: [token.id for token in write(model, [prompt], [0], greedy(count))]

@@ -1,0 +1,195 @@
+"""`textgen benchmark generate`: contestants that die, hang or lie lose nobody else's figures; what is printed, saved and drawn.
+
+No test says how fast anything is: the machine that runs them has other things to do.
+"""
+import json, math, os, re, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+
+from textgen.benchmark import TARGETS, check_same, read_batches, read_names, targets
+from textgen.core import TextgenError, UsageError
+from textgen.peers import BYTES, CONTESTANTS, SHAPES, Contestant, Lost, Runner, open_textgen, random_model
+from textgen.rounds import Plan, compare, first_difference, measure, middle_ratio, peer_of, weights_read
+from textgen.workloads import WORKLOADS, measure_workloads
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = [sys.executable, "-c", "import sys; from textgen.cli import main; sys.exit(main())"]  # what the script `textgen` does
+
+
+# Contestants that misbehave; their processes import them from here
+
+def dying(folder, weights): return lambda prompts, count, sampled: os.kill(os.getpid(), signal.SIGKILL)
+def hanging(folder, weights): return lambda prompts, count, sampled: time.sleep(600)
+def noisy(folder, weights): return lambda prompts, count, sampled: [print("x" * 10**6) or os.write(2, b"y" * 10**6) and [1] * count for _ in prompts]
+def refusing(folder, weights): raise ValueError("not\nthis one")
+def absent(folder, weights): import no_such_library
+
+
+def lying(folder, weights):
+    "Writes one token wrongly, where it is no tie."
+    run = open_textgen(folder, weights, compile=False)
+    return lambda prompts, count, sampled: [[(row[0] + 1) % 65, *row[1:]] for row in run(prompts, count, sampled)]
+
+
+EAGER = next(one for one in CONTESTANTS if one.name == "textgen eager")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    random_model("tiny").save(path)
+    return path
+
+
+@pytest.mark.parametrize("open, limit, said", [(dying, 60, "died of SIGKILL"), (hanging, 0.5, "no answer within 0.5 s")])
+def test_a_lost_contestant_says_why(open, limit, said, folder):
+    "Whoever dies or hangs while it is asked raises Lost, and its process is gone."
+    runner = Runner(Contestant("it", open), folder)
+    runner.limit = limit   # opening may take longer
+    with pytest.raises(Lost, match=said): runner.ask([[1]], 2)
+    assert not runner.process.is_alive()
+
+
+@pytest.mark.parametrize("open, said", [(refusing, "ValueError: not this one"), (absent, r"not installed \(no_such_library\).*textgen\[peers\]")])
+def test_who_cannot_be_opened_says_why(open, said, folder):
+    with pytest.raises(Lost, match=said): Runner(Contestant("it", open), folder)
+
+
+def test_a_contestant_says_nothing_on_the_terminal(folder, capfd):
+    runner = Runner(Contestant("it", noisy), folder)
+    assert runner.ask([[1], [2]], 3)[1] == [[1] * 3] * 2
+    runner.close(patience=30)
+    assert runner.process.exitcode == 0 and capfd.readouterr() == ("", "")
+
+
+def test_one_lost_contestant_loses_nobody_else(folder):
+    "The good one has every round; each lost one has its reason; a liar is found out, and says where."
+    plan = Plan(["tiny"], [2], rounds=2, count=4, limit=120,
+                contestants=[Contestant("dies", dying), Contestant("absent", absent), EAGER, Contestant("lies", lying)])
+    results, told = {}, []
+    measure(plan, results, told.append)
+    compare(plan, results)
+    entries = results["figures"]["tiny, batch 2"]
+    assert list(entries) == ["dies", "absent", "textgen eager", "lies"]
+    assert "SIGKILL" in entries["dies"]["lost"] and "not installed" in entries["absent"]["lost"]
+    assert len(entries["textgen eager"]["rounds tokens/s"]) == len(entries["textgen eager"]["sampled rounds tokens/s"]) == 2
+    assert entries["lies"]["differs"] == {"row": 0, "token": 0, "gap": pytest.approx(entries["lies"]["differs"]["gap"])}
+    assert "differs" not in entries["textgen eager"] and told.count("textgen eager") == 3
+    with pytest.raises(TextgenError, match="lies writes other tokens in float32"): check_same(results)
+
+
+def test_figures_are_medians_of_ratios_and_shares():
+    plan, peer = Plan(["tiny"], [2]), "CTranslate2 float32"
+    entries = {"transformers": {"rounds tokens/s": [1.0, 2.0, 3.0]}, peer: {"lost": "not installed"},
+               "textgen float32": {"rounds tokens/s": [10.0, 2.0, 9.0], "sampled rounds tokens/s": [9.0, 2.0]}}
+    results = {"figures": {"tiny, batch 2": entries}, "memory": {"cpu rounds GB/s": [1.0, 2.0]}}
+    compare(plan, results)
+    ours = entries["textgen float32"]
+    assert ours["tokens/s"] == 9 and ours["transformers ×"] == 3 and "CTranslate2 ×" not in ours   # the medians of 10, 2, 9 and of 10, 1, 3
+    assert ours["greedy %"] == pytest.approx(95)                                                   # of 0.9 and 1
+    assert ours["memory %"] == pytest.approx(100 * 9 / 2 * weights_read("tiny", "float32") / 2e9)
+    assert middle_ratio([4.0], [2.0, 1.0]) == 2
+
+
+@pytest.mark.parametrize("shape", ["char", "tiny"])
+def test_a_step_reads_all_weights_but_positions(shape):
+    sizes = [p.numel() for name, p in random_model(shape).decoder.named_parameters() if "wpe" not in name]
+    assert weights_read(shape, "float32") == 4 * sum(sizes) and weights_read(shape, "int8") < weights_read(shape, "float32") / 3.5
+
+
+def test_every_target_names_what_is_measured():
+    "A target whose figure, contestant or workload was renamed would never be looked at."
+    names = {one.name for one in CONTESTANTS} | {"textgen CUDA"}
+    for title, row in TARGETS:
+        if title == "workloads": assert row.split(", ")[0] in WORKLOADS and row.split(", ")[1] in SHAPES
+        else: assert row in names and title.split(",")[0] in SHAPES
+    figures = {title: {row: dict.fromkeys(wanted, 0.0)} for (title, row), wanted in TARGETS.items() if title != "workloads"}
+    assert not any(one["met"] for one in targets({"figures": figures}).values())
+    waits = {"batching, gpt2": {"one after another ×": 9, "longest wait of its share %": 101}}
+    assert [one["met"] for one in targets({"workloads": waits}).values()] == [True, False]
+
+
+def test_whom_each_is_compared_with():
+    names = [one.name for one in CONTESTANTS]
+    by_name = {one.name: one for one in CONTESTANTS}
+    assert peer_of(by_name["textgen int8"], "llama.cpp", names) == "llama.cpp q8_0"
+    assert peer_of(by_name["textgen eager"], "CTranslate2", names) == "CTranslate2 float32"
+    assert peer_of(by_name["transformers"], "transformers", names) is None
+    assert peer_of(by_name["textgen bfloat16"], "CTranslate2", names) is None
+    assert {one.weights for one in CONTESTANTS} == set(BYTES)
+
+
+def test_a_difference_is_where_it_is_and_as_wide_as_the_logits_say():
+    import torch
+    decoder, prompt = random_model("tiny").decoder, [3, 4]
+    with torch.no_grad(): logits = decoder(torch.tensor([[*prompt, 7]]))[0, -1]
+    found = first_difference(decoder, [[1], prompt], [[5, 6], [7, 8]], [[5, 6], [7, 9]])
+    assert (found["row"], found["token"]) == (1, 1) and math.isclose(found["gap"], abs(logits[8] - logits[9]), rel_tol=1e-5)
+
+
+def test_a_workload_that_cannot_be_measured_is_a_row(monkeypatch):
+    monkeypatch.setenv("TEXTGEN_DATA", "")
+    results = {}
+    measure_workloads(["start"], "tiny", 1, results)
+    assert "TEXTGEN_DATA" in results["workloads"]["start, tiny"]["lost"]
+
+
+@pytest.mark.parametrize("act", [lambda: read_names("figures,figure", ["figures"], "--only"), lambda: read_batches("1,,2"),
+                                 lambda: read_batches("257"), lambda: read_batches("1.5")])
+def test_what_was_mistyped(act):
+    with pytest.raises(UsageError): act()
+
+
+# The command
+
+def environment(): return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+def test_the_command(tmp_path):
+    "A quick run has a row for each contestant, installed or not; figures and a picture in files; keys that end in units."
+    line = [*PROGRAM, "benchmark", "generate", "--quick", "--only", "figures,batching", "--output", "out/figures.json"]
+    done = subprocess.run(line, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" and all(one.name in done.stdout for one in CONTESTANTS) and "one after another ×" in done.stdout
+    results = json.loads((tmp_path/"out/figures.json").read_text(encoding="utf-8"))
+    entries = results["figures"]["tiny, batch 1"]
+    assert list(entries) == [one.name for one in CONTESTANTS] and results["machine"]["versions"]["torch"]
+    for entry in entries.values():
+        assert "lost" in entry or len(entry["rounds tokens/s"]) == 2 and entry["tokens/s"] > 0
+    assert entries["textgen eager"]["transformers ×"] > 0 and results["memory"]["cpu GB/s"] == max(results["memory"]["cpu rounds GB/s"])
+    keys = {key for entry in entries.values() for key in entry} - {"lost", "differs"}
+    assert all(re.search(r" ?(tokens/s|ms|s|MB|%|×)$", key) for key in keys), keys
+    assert (tmp_path/"out/figures.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_ctrl_c_keeps_what_was_measured(tmp_path):
+    "Ctrl-C goes to the whole group, as from a terminal: figures so far are saved, the exit code is 130, nobody is left."
+    told = "turn = rounds.take_turn\nrounds.take_turn = lambda *given: (turn(*given), print('turn', flush=True))\n"
+    code = PROGRAM[2].replace("import sys; ", f"import sys, textgen.rounds as rounds\n{told}")
+    words = "benchmark generate --models tiny --batch 1 --rounds 100000 --only figures".split()
+    process = subprocess.Popen([sys.executable, "-c", code, *words], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stdout.readline() == "turn\n"
+        os.killpg(process.pid, signal.SIGINT)
+        out, error = process.communicate()
+    finally:
+        process.kill()   # its children end when nobody asks them any more
+        process.wait()
+    assert process.returncode == 130 and error == "interrupted\n" and "textgen int8" in out, error
+    results = json.loads((tmp_path/"benchmark.json").read_text(encoding="utf-8"))
+    assert any(entry.get("rounds tokens/s") for entry in results["figures"]["tiny, batch 1"].values())
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize("words, said", [(["--models", "gpt3"], "--models: no 'gpt3'"), (["--batch", "0"], "--batch: '0'"),
+                                         (["--only", "nothing"], "--only: no 'nothing'"), (["--output", "."], "is a folder")])
+def test_refused_at_once(words, said, tmp_path):
+    done = subprocess.run([*PROGRAM, "benchmark", "generate", *words], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and re.fullmatch(r"error: [^\n]+\n", done.stderr) and said in done.stderr, done.stderr
+    assert not [*tmp_path.iterdir()]
