@@ -376,7 +376,7 @@ def generate(
     prompt: Annotated[str | None, Option(metavar="TEXT", help="What to continue; - reads standard input.")] = None,
     output: Annotated[Path | None, Option(metavar="FILE", help="Save the text there instead of showing it.")] = None,
     device: Annotated[str | None, Option(help="cpu, cuda, cuda:1, mps or auto.")] = None,
-    dtype: Annotated[str | None, Option(help="Numbers of the weights: float32, bfloat16, float16, int8 or auto.")] = None,
+    dtype: Annotated[str | None, Option(help="Weights as float32, bfloat16, float16, int8 or auto.")] = None,
     compile: Annotated[bool | None, Option(help="The compiled step: always or never; else where it pays.")] = None,
     lookup: Annotated[bool, Option("--lookup", help="The same text, faster where it repeats itself.")] = False,
     draft_model: Annotated[str | None, Option(metavar="RUN", help="The same text, guessed by a smaller model.")] = None,

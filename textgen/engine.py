@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .choosing import Settings, choose, logprobs, settings_of
+from .choosing import Settings, logprobs, settings_of
 from .constrained import Constraint
 from .core import GenerationConfig, TextgenError, UsageError
 from .decoder import embed
@@ -224,7 +224,7 @@ def launch(
         longest = max(len(r.ids) + r.steps - r.written for r in company.requests)
         history.ids = F.pad(history.ids, (0, longest)) if longest >= history.ids.shape[1] else history.ids
     possible = masked(kept, company.requests) if company.constrained else kept
-    ids = choose(possible, company.draw(1)[0], company.settings, history)  # (B,)
+    ids = engine.slots.choose(possible, company.draw(1)[0], company.settings, history)  # (B,)
     if company.looks_back:
         history.accept(ids)
     engine.ids[first : first + len(ids)] = ids.clamp(min=0)

@@ -21,6 +21,7 @@ from .decoder import Decoder
 from .engine import Engine
 from .generator import TextGenerator
 from .gguf import open_model
+from .graphs import GraphSlots
 from .kernels import library_path
 from .native import PARTS, NativeSlots, Packed
 from .scoring import document_nll
@@ -80,7 +81,8 @@ def slots_for(
         wanted = worth_compiling(decoder, tokens, library_path(PARTS).is_file(), ready)
     if device.type == "cpu" and wanted and (packed := packed_decoder(model)):
         return NativeSlots(packed, rows, length)
-    return Slots(decoder, rows, length)
+    kind = GraphSlots if device.type == "cuda" and model.compile else Slots
+    return kind(decoder, rows, length)
 
 # %% ../nbs/07f_gpt.ipynb #b35bbfbc
 class GPT(TextGenerator):

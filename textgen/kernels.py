@@ -119,7 +119,7 @@ def opened(path: Path) -> ctypes.CDLL | None:
 
 def build(
     source: list[str] = SOURCE,  # pieces of C
-) -> ctypes.CDLL:  # raises UsageError where there is no compiler or it fails, TextgenError for want of room
+) -> ctypes.CDLL:  # raises UsageError: no compiler, or it fails; TextgenError: no room
     "Compile source, unless this was done before on this machine, and open what came out."
     path = library_path(source)
     if library := opened(path):
@@ -132,7 +132,7 @@ def build(
             if library := opened(path) or opened(made):
                 return library
     except OSError as error:
-        raise TextgenError(f"no room to compile in ({error.strerror or error}); set TMPDIR to a folder with some") from error
+        raise TextgenError(f"no room to compile in ({error.strerror or error}); set TMPDIR to where some is") from error
     raise UsageError(f"this system does not open what {compiler()[0]} made of the kernels; try another one by CC=...")
 
 # %% ../nbs/06d_kernels.ipynb #898dd3b8

@@ -17,7 +17,7 @@ from torch import Tensor
 from .core import UsageError
 from .decoder import Decoder
 from .kernels import SOURCE, TYPES, Arena, Matrix, build, in_c, pack, packed_vector, up
-from .slots import check_memory
+from .slots import Slots, check_memory
 
 # %% ../nbs/06e_native.ipynb #9afe06e8
 PARTS = [*SOURCE]  # the kernels, and what is made of them
@@ -366,6 +366,7 @@ class NativeSlots:
     prefill = lambda self, chunks: native_prefill(self, chunks)
     decode = lambda self, ids, starts, ends: native_decode(self, ids, starts)
     write = lambda self, *arguments: native_write(self, *arguments)
+    choose = staticmethod(Slots.choose)
 
     def copy(self, source, target, upto):
         "Copy the first positions of a slot to another one."

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import visible
+from .choosing import choose
 from .core import TextgenError, UsageError
 from .decoder import Decoder
 from .rotary import rotate
@@ -182,6 +183,7 @@ class Slots:
         check_memory(decoder.config, slots, length, self.device, weight.element_size())
         self.caches, self.front = decoder.caches(slots, length), {}  # the caches of the first rows, by their number
 
+    choose = staticmethod(choose)
     prefill = lambda self, chunks: prefill_chunks(self, chunks)
     decode = lambda self, ids, starts, ends: decode_rows(self, ids, starts, ends)
 
