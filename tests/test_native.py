@@ -15,16 +15,7 @@ from textgen.kernels import SOURCE, build, compiler, library_path, opened
 from textgen.native import PARTS, NativeSlots, Packed, native_library
 from textgen.sampling import sample
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="no C compiler")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Models so small are slowed down by a second one."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.skipif(compiler() is None, reason="no C compiler"), pytest.mark.usefixtures("one_thread")]
 
 
 def made_anew():

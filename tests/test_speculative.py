@@ -12,21 +12,13 @@ from textgen.kernels import compiler
 from textgen.speculative import DraftModel, Drafts, Lookup
 from textgen.tokenizer import CharTokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 L = 32
 TOKENIZER = CharTokenizer("abcdefgh")
 V = TOKENIZER.vocab_size
 SETTINGS = [dict(), dict(max_new_tokens=2), dict(temperature=0), dict(top_p=0.8), dict(top_k=3, min_p=0.1), dict(temperature=0.3), dict(stop_token_ids=(3,)),
             dict(temperature=0, stop_token_ids=(5,)), dict(repetition_penalty=1.5), dict(no_repeat_ngram_size=2), dict(logprobs=2),
             dict(overflow="stop"), dict(min_new_tokens=9, stop_token_ids=(1, 2, 3)), dict(logit_bias={4: 5.0})]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Models so small are slowed down by a second one."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def decoder_of(seed, vocab=V, context=L, **more):

@@ -75,12 +75,12 @@ def slots_for(
     decoder, length = model.decoder, min(length, model.context_length)
     device = decoder.transformer.wte.weight.device
     rows = min(rows, 16 if device.type == "cpu" else 64)
-    wanted = model.compile is True or model.compile and model.weights == "int8"
-    if device.type == "cpu" and model.compile == "auto" and not wanted:
-        ready = model.packed is not None and model.packed[0] == state_of(decoder)
-        wanted = worth_compiling(decoder, tokens, library_path(PARTS).is_file(), ready)
-    if device.type == "cpu" and wanted and (packed := packed_decoder(model)):
-        return NativeSlots(packed, rows, length)
+    if device.type == "cpu" and model.compile:
+        ready = lambda: model.packed is not None and model.packed[0] == state_of(decoder)
+        wanted = model.compile is True or model.weights == "int8"
+        wanted = wanted or worth_compiling(decoder, tokens, library_path(PARTS).is_file(), ready())
+        if wanted and (packed := packed_decoder(model)):
+            return NativeSlots(packed, rows, length)
     kind = GraphSlots if device.type == "cuda" and model.compile else Slots
     return kind(decoder, rows, length)
 
@@ -212,12 +212,12 @@ def load_model(
 ):
     "Read a model to write with; raises UsageError."
     device = find_device(device)
-    decoder, tokenizer = open_model(path, "float32" if dtype == "int8" else dtype)
-    model = cls(lay_out(decoder).to(device), tokenizer)
-    kind = {torch.bfloat16: "bfloat16", torch.float16: "float32"}.get(decoder.transformer.wte.weight.dtype, "float32")
-    model.compile, model.weights = compile, "int8" if dtype == "int8" else kind
     if dtype == "int8" and (device.type != "cpu" or not compile):
         raise UsageError("int8 weights are for the compiled step, on the CPU; leave out compile=False, or use bfloat16")
+    decoder, tokenizer = open_model(path, "float32" if dtype == "int8" else dtype)
+    model = cls(lay_out(decoder).to(device), tokenizer)
+    kind = "bfloat16" if decoder.transformer.wte.weight.dtype == torch.bfloat16 else "float32"
+    model.compile, model.weights = compile, "int8" if dtype == "int8" else kind
     file = Path(path, "generation_config.json")
     model.eos_id, model.defaults = read_generation_config(file, model.eos_id, model.decoder.config.vocab_size)
     return model

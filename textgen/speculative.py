@@ -18,7 +18,7 @@ from torch import Tensor
 from .choosing import choose, settings_of
 from .core import GenerationConfig, UsageError
 from .decoder import Decoder
-from .engine import Engine, Flight, gather, land, launch, make_room, on_device, read_prompts, vacate
+from .engine import Engine, Flight, gather, land, launch, make_room, numbers_of, on_device, read_prompts, vacate
 from .native import NativeSlots, Packed, read_rows
 from .seats import Request, ahead, common
 from .slots import Slots, padded
@@ -184,7 +184,7 @@ def follow(
     every = [request for request, guess, _ in rows for _ in guess]  # R
     device = engine.slots.device
     settings = settings_of([r.config for r in every], engine.vocab, [r.ends for r in every], device)
-    u = on_device(np.concatenate([ahead(r, len(guess)) for r, guess, _ in rows]).tolist(), torch.float32, device)
+    u = on_device(np.concatenate([ahead(r, len(guess)) for r, guess, _ in rows]), torch.float32, device)
     ids = choose(torch.cat([logits[1:, : engine.vocab] for *_, logits in rows]), u, settings).tolist()
     for request, guess, _ in rows:
         chosen, ids = ids[: len(guess)], ids[len(guess) :]
@@ -285,11 +285,10 @@ def write_on(engine: Engine, drafts: DraftModel, writers: list[Request], count: 
     "The next tokens of all writers, by the draft model."
     slots, device = drafts.slots, engine.slots.device
     starts = on_device([follower.read for follower in drafts.followers[: len(writers)]], torch.int64, device)
-    u = on_device(np.stack([ahead(r, count) for r in writers], axis=1).tolist(), torch.float32, device)  # (count, B)
+    u = on_device(np.stack([ahead(r, count) for r in writers], axis=1), torch.float32, device)  # (count, B)
     ids, out, configs = engine.ids[: len(writers)], [], [r.config if r.plain else GenerationConfig() for r in writers]
     if slots.writes:
-        rows = [(c.temperature, c.top_k or 0, c.top_p, c.min_p) for c in configs]
-        out = slots.write(ids, starts, torch.tensor(rows, dtype=torch.float64), u, engine.vocab)  # (count, B)
+        out = slots.write(ids, starts, numbers_of(configs), u, engine.vocab)  # (count, B)
         return out.clamp(min=0).T.tolist()
     settings = settings_of(configs, engine.vocab, [set() for _ in configs], device)
     for n in range(count):
