@@ -141,6 +141,35 @@ def test_threads_change_no_bit(groups, kind):
     assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other))
 
 
+# Sums of whole numbers
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 2**31), st.sampled_from(["normal", "equal", "one", "outlier", "zero"]), st.floats(1e-20, 1e20))
+def test_int8_sums_are_those_of_the_rounded_weights(inputs, seed, kind, size):
+    "Off by half a step of x for each weight at most; a step is the smallest with which no sum can leave 31 bits."
+    random = torch.Generator().manual_seed(seed)
+    weight, x = torch.randn(5, inputs, generator=random), torch.randn(3, inputs, generator=random)
+    if kind == "equal": weight, x = torch.full_like(weight, 3), torch.full_like(x, 1)  # the largest sum there is
+    if kind == "one": x = torch.zeros_like(x).index_fill(1, torch.tensor([seed % inputs]), 1)
+    if kind == "outlier": x[:, seed % inputs] = 1000
+    if kind == "zero": x = torch.zeros_like(x)
+    x, arena = (x * size).double(), kernels.Arena(2**20)
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    rounded = (weight / scale).round()  # (5, I)
+    row = torch.nn.functional.pad(x.float(), (0, -inputs % 16))
+    got = kernels.linear(build(), kernels.pack(arena, weight, None, "int8"), row)[:, :5].double()
+    step = torch.maximum(x.abs().amax(1) / 32700, x.abs().sum(1) / (16.8e6 - inputs))[:, None]  # (3, 1)
+    most = 0.5 * step * rounded.abs().sum(1) * scale[:, 0]  # (3, 5)
+    wanted = x @ (rounded * scale).double().T
+    assert ((got - wanted).abs() <= 1.001 * most + 1e-6 * (x.abs() @ (rounded * scale).abs().double().T)).all()
+
+
+def test_no_sum_of_whole_numbers_leaves_31_bits():
+    for inputs in (768, 3072, 20_000, 100_000):
+        weight, x = torch.ones(1, inputs), torch.ones(1, inputs + -inputs % 16)
+        assert_close(kernels.linear(build(), kernels.pack(kernels.Arena(2**24), weight, None, "int8"), x)[0, 0].item(), float(inputs), rtol=1e-2, atol=0)
+
+
 # Numbers that are none
 
 def test_what_is_broken_stays_in_its_row():
@@ -187,7 +216,7 @@ def check_a_build():
             assert 0 <= wrote < 61
 
 
-@pytest.mark.parametrize("command", ["gcc -march=native -mno-avx512f", "gcc -march=x86-64-v3", "gcc -march=x86-64", "gcc -O1", "clang", "clang -march=x86-64"])
+@pytest.mark.parametrize("command", ["gcc -march=native -mno-avx512f", "gcc -march=x86-64-v3", "gcc -march=skylake-avx512", "gcc -march=x86-64", "gcc -O1", "clang", "clang -march=x86-64"])
 def test_other_processors_and_compilers(compiled_by, command):
     compiled_by(command)
     check_a_build()

@@ -35,7 +35,7 @@ SOURCE.append(r"""
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 #pragma GCC visibility push(protected)  /* names as plain as norm stay ours, whatever else is loaded */
@@ -137,21 +137,78 @@ def build(
 
 # %% ../nbs/06d_kernels.ipynb #898dd3b8
 SOURCE.append(r"""
-typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t i16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t h16 __attribute__((vector_size(32), aligned(2), may_alias));
+#define LANES(bytes) __attribute__((vector_size(bytes), aligned(1), may_alias))
+typedef float v16 LANES(64);
+typedef int32_t i16 LANES(64);
 #define AT(p) (*(v16 *)(p))  /* sixteen floats from p on */
+INLINE v16 choose(i16 yes, v16 a, v16 b) { return (v16)((yes & (i16)a) | (~yes & (i16)b)); }
+INLINE float total(v16 x) {
+    for (int half = 8; half; half /= 2)
+        for (int j = 0; j < half; j++) x[j] += x[j + half];
+    return x[0];
+}
+INLINE float largest(v16 x) {
+    float top = x[0];
+    for (int j = 1; j < 16; j++) top = x[j] > top ? x[j] : top;
+    return top;
+}
+""")
 
-INLINE v16 load(const void *w, size_t n, const int bytes) {  /* numbers 16n to 16n + 15, each of so many bytes */
+# %% ../nbs/06d_kernels.ipynb #4b623d57
+SOURCE.append(r"""
+typedef uint16_t h16 LANES(32);
+typedef int16_t s16 LANES(32), s32 LANES(64);
+typedef int8_t q32 LANES(32);
+INLINE v16 load(const void *w, size_t n, const int bytes) {  /* sixteen weights as floats, or thirty-two of 16 bits */
     if (bytes == 4) return ((const v16 *)w)[n];
-    if (bytes == 2) return (v16)(__builtin_convertvector(((const h16 *)w)[n], i16) << 16);
-#ifdef __AVX512F__
-    return (v16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(((const __m128i *)w)[n]));
-#else
-    v16 x;
-    for (int j = 0; j < 16; j++) x[j] = ((const int8_t *)w)[16 * n + j];
-    return x;
+#ifdef __AVX512BW__  /* the same as below, for compilers that make several instructions of it */
+    if (bytes == 1) return (v16)_mm512_cvtepi8_epi16(((const __m256i_u *)w)[n]);
+    return (v16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(((const __m256i_u *)w)[n]), 16);
 #endif
+    if (bytes == 1) return (v16)__builtin_convertvector(((const q32 *)w)[n], s32);
+    return (v16)(__builtin_convertvector(((const h16 *)w)[n], i16) << 16);
+}
+""")
+
+# %% ../nbs/06d_kernels.ipynb #30fd4b74
+SOURCE.append(r"""
+INLINE v16 fold(v16 sum, v16 w, const float *x, const int bytes) {  /* sum + w * x */
+    if (bytes > 1) return sum + w * *x;
+    int32_t pair = ((const union { float one; int32_t pair; } *)x)->pair;  /* two whole numbers */
+#if defined __AVX512VNNI__
+    i16 both = (i16){} + pair;
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(both));
+    return sum;
+#elif defined __AVX2__
+    __m256i s[2], a[2];
+    memcpy(s, &sum, 64), memcpy(a, &w, 64);
+    for (int h = 0; h < 2; h++) s[h] = _mm256_add_epi32(s[h], _mm256_madd_epi16(a[h], _mm256_set1_epi32(pair)));
+    return memcpy(&sum, s, 64), sum;
+#else
+    return (v16)((i16)sum + ((i16)w << 16 >> 16) * (int16_t)pair + ((i16)w >> 16) * (pair >> 16));
+#endif
+}
+""")
+
+# %% ../nbs/06d_kernels.ipynb #0f81720f
+SOURCE.append(r"""
+/* A row x (n, and room for UP(n, 16)) becomes whole numbers of 16 bits, and behind their pairs what 1 is worth. */
+void to_steps(float *x, int64_t n) {
+    v16 most = {}, sum = {}, half = (v16){} + 0.5f;
+    for (int64_t i = n; i < UP(n, 16); i++) x[i] = 0;
+    for (int64_t i = 0; i < n; i += 16) {
+        v16 size = (v16)((i16)AT(x + i) & 0x7FFFFFFF);
+        most = choose(size > most, size, most);
+        sum += size;
+    }
+    float step = total(sum) / (16.8e6f - n), least = largest(most) / 32700 + 1e-30f;
+    if (step < least) step = least;  /* NaN stays NaN */
+    for (int64_t i = 0; i < n; i += 16) {
+        v16 z = AT(x + i) / step;
+        z += choose(z < 0, -half, half);
+        *(s16 *)((int16_t *)x + i) = __builtin_convertvector(__builtin_convertvector(z, i16), s16);
+    }
+    x[(n + 1) / 2] = step;
 }
 """)
 
@@ -163,17 +220,18 @@ typedef struct { const void *w; const float *scale, *bias; int64_t in, pitch, ou
 INLINE void tile(const Matrix *m, int64_t block, const float *x, int64_t xs, float *y, int64_t ys, const int rows,
                  const int wide, const int bytes) {
     const char *w = (const char *)m->w + (size_t)block * m->pitch * 16 * bytes;
-    v16 sum[rows][wide];
-    for (int r = 0; r < rows; r++)
-        for (int b = 0; b < wide; b++) sum[r][b] = (v16){};
-    for (int64_t i = 0; i < m->in; i++)
-        for (int b = 0; b < wide; b++) {
-            v16 a = load(w, (size_t)b * m->pitch + i, bytes);
-            for (int r = 0; r < rows; r++) sum[r][b] += a * x[r * xs + i];
-        }
+    v16 sum[12][4] = {}, a[4];  /* as many as any tile has */
+    const int each = bytes == 1 ? 2 : 1;  /* inputs at a time */
+    int64_t steps = (m->in + each - 1) / each;
+    for (int64_t i = 0; i < steps; i++) {
+        for (int b = 0; b < wide; b++) a[b] = load(w, b * (m->pitch / each) + i, bytes);
+        for (int r = 0; r < rows; r++)
+            for (int b = 0; b < wide; b++) sum[r][b] = fold(sum[r][b], a[b], x + r * xs + i, bytes);
+    }
     for (int r = 0; r < rows; r++)
         for (int b = 0; b < wide; b++) {
             int64_t o = (block + b) * 16;
+            if (bytes == 1) sum[r][b] = __builtin_convertvector((i16)sum[r][b], v16) * x[r * xs + steps];
             if (m->scale) sum[r][b] *= AT(m->scale + o);
             if (m->bias) sum[r][b] += AT(m->bias + o);
             AT(y + r * ys + o) = sum[r][b];
@@ -212,9 +270,10 @@ INLINE void strip(const Matrix *m, int64_t first, int64_t last, const float *x, 
 # %% ../nbs/06d_kernels.ipynb #fed38bc1
 SOURCE.append(r"""
 /* y (rows, out) = x (rows, in) times the matrix, plus its bias */
-void linear(const Matrix *m, const float *x, int64_t xs, float *y, int64_t ys, int64_t rows, int threads) {
+void linear(const Matrix *m, float *x, int64_t xs, float *y, int64_t ys, int64_t rows, int threads) {
     int64_t blocks = UP(m->out, 16) / 16;
     (void)threads;  /* unused without OpenMP */
+    for (int64_t r = 0; r < rows && m->bytes == 1; r++) to_steps(x + r * xs, m->in);
     #pragma omp parallel for num_threads(threads) if(threads > 1 && m->in * m->out * rows > 1 << 18)
     for (int64_t b = 0; b < blocks; b += 4) strip(m, b, b + 4 < blocks ? b + 4 : blocks, x, xs, y, ys, rows);
 }
@@ -273,8 +332,11 @@ def pack(
     if kind == "int8":
         scale = weight.abs().amax(1).clamp(min=1e-30) / 127  # (O,)
         weight = (weight / scale[:, None]).round()
-    blocks = F.pad(weight, (0, 0, 0, -O % 16)).to(dtype).view(-1, 16, I).transpose(1, 2)  # (O/16, I, 16)
-    matrix = Matrix(arena.put(blocks), packed_vector(arena, scale), packed_vector(arena, bias), I, I, O, size)
+    each = 2 if scale is not None else 1  # inputs that lie together
+    padded = F.pad(weight, (0, -I % each, 0, -O % 16)).to(dtype)
+    blocks = padded.unflatten(1, (-1, each)).unflatten(0, (-1, 16)).transpose(1, 2)  # (O/16, I/each, 16, each)
+    addresses = arena.put(blocks), packed_vector(arena, scale), packed_vector(arena, bias)
+    matrix = Matrix(*addresses, I, padded.shape[1], O, size)
     matrix.arena = arena  # which must live as long as its address
     return matrix
 
@@ -300,14 +362,12 @@ def linear(
     threads: int = 1,
 ) -> Tensor:  # (R, up(O))
     "x times a packed matrix."
-    y = torch.zeros(len(x), up(matrix.outputs))
+    x, y = x.clone(), torch.zeros(len(x), up(matrix.outputs))
     library.linear(ctypes.byref(matrix), *map(in_c, (x, x.shape[1], y, y.shape[1], len(x))), threads)
     return y
 
 # %% ../nbs/06d_kernels.ipynb #5e64dd77
 SOURCE.append(r"""
-INLINE v16 choose(i16 yes, v16 a, v16 b) { return (v16)((yes & (i16)a) | (~yes & (i16)b)); }
-
 /* The polynomial is that of Cephes (Moshier 1992). */
 INLINE v16 exp16(v16 x) {
     const v16 low = (v16){} - 87, high = (v16){} + 88, half = (v16){} + 0.5f;
@@ -319,14 +379,6 @@ INLINE v16 exp16(v16 x) {
     p = ((p * f + 1.6666665459e-1f) * f + 5.0000001201e-1f) * f * f + f + 1;
     return (v16)((i16)p + (n << 23));
 }
-
-INLINE float total(v16 x) {
-    for (int half = 8; half; half /= 2)
-        for (int j = 0; j < half; j++) x[j] += x[j + half];
-    return x[0];
-}
-
-void exponentials(float *x, int64_t n) { for (int64_t i = 0; i < n; i += 16) AT(x + i) = exp16(AT(x + i)); }
 """)
 
 # %% ../nbs/06d_kernels.ipynb #ef63cd23
@@ -376,8 +428,7 @@ void softmax(float *w, int64_t ws, int64_t rows, int64_t at, int64_t next, float
             AT(w + s) = choose(lane + (float)s <= (float)at, AT(w + s), (v16){} - INFINITY);
             best = choose(AT(w + s) > best, AT(w + s), best);
         }
-        float top = best[0];
-        for (int j = 1; j < 16; j++) top = best[j] > top ? best[j] : top;
+        float top = largest(best);
         for (int64_t s = 0; s < ws; s += 16) {
             v16 e = exp16((AT(w + s) - top) * scale);
             sum += AT(w + s) = choose(lane + (float)s <= (float)at, e, (v16){});

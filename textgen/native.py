@@ -90,7 +90,8 @@ def pack_model(
 # %% ../nbs/06e_native.ipynb #05fb6a49
 PARTS.append(r"""
 float entry(const Matrix *m, int64_t o, int64_t i) {  /* of a table of tokens, packed as the head */
-    size_t at = ((size_t)(o / 16) * m->pitch + i) * 16 + o % 16;
+    int64_t each = m->bytes == 1 ? 2 : 1;
+    size_t at = (((size_t)(o / 16) * m->pitch + i / each * each) * 16) + o % 16 * each + i % each;
     if (m->bytes == 4) return ((const float *)m->w)[at];
     if (m->bytes == 1) return ((const int8_t *)m->w)[at] * m->scale[o];
     uint32_t bits = (uint32_t)((const uint16_t *)m->w)[at] << 16;
