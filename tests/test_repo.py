@@ -337,6 +337,20 @@ def links_lead_somewhere(root, tmp):
                 elif anchor and anchor not in anchors(page): yield f"{cell.where}: no heading #{anchor} in {page.name}"
 
 
+def every_notebook_is_on_the_map(root, tmp):
+    "The site's sidebar has every notebook, chapters in reading order; the index links to every chapter."
+    import yaml
+    sidebar = yaml.safe_load((root/"_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    listed = [entry["href"] for part in sidebar for entry in part.get("contents", [part])]
+    there = {path.relative_to(root/"nbs").as_posix() for path in notebooks(root)}
+    yield from (f"_quarto.yml: {name} is not in the sidebar" for name in sorted(there - {*listed}))
+    yield from (f"_quarto.yml: there is no {name}" for name in listed if name not in there)
+    numbered = [name for name in listed if re.match(NUMBER, name)]
+    yield from (f"_quarto.yml: {name} stands after {before}" for before, name in zip(numbered, numbered[1:]) if name < before)
+    index = "".join(prose for _, prose in prose_of(root/"nbs/index.ipynb")) if (root/"nbs/index.ipynb").exists() else ""
+    yield from (f"index.ipynb: no link to {path.name}" for path in chapters(root).values() if f"({path.name})" not in index)
+
+
 def settings(root):
     parser = ConfigParser(delimiters=["="], interpolation=None)
     parser.read(root/"settings.ini", encoding="utf-8")
@@ -364,7 +378,8 @@ def pins_cover_the_requirements(root, tmp):
 
 RULES = [package_is_exported, notebooks_are_clean, modules_are_named_after_chapters, chapters_import_upward, module_level_imports,
          budgets, definitions_are_shown_in_use, import_cells_stand_alone, chapters_begin_with_their_name, light_imports, readme_is_fresh,
-         readme_figures_are_measured, version_is_the_same_everywhere, outputs_are_sound, links_lead_somewhere, pins_cover_the_requirements]
+         readme_figures_are_measured, version_is_the_same_everywhere, outputs_are_sound, links_lead_somewhere,
+         every_notebook_is_on_the_map, pins_cover_the_requirements]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -379,7 +394,8 @@ SMALL = {
                 '#| exports\ndef area(r: float) -> float:\n    "Of a circle."\n    return math.pi * r**2', "area(1)"],
     "01_attention": ["# Attention\n\n> The second chapter", "#| default_exp attention", "#| export\nfrom textgen.core import area",
                      '#| exports\ndef twice(r: float) -> float:\n    "Two circles."\n    return 2 * area(r)', "twice(1)"],
-    "index": ["# Small\n\n> A project\n\nIt reaches 1.23 nats/char in 118 s; see [core](00_core.ipynb).", "#| default_exp __init__",
+    "index": ["# Small\n\n> A project\n\nIt reaches 1.23 nats/char in 118 s; see [core](00_core.ipynb)\n"
+              "and [attention](01_attention.ipynb).", "#| default_exp __init__",
               '#| export\n__version__ = "0.1.0"', "print('hello')"],
 }
 
@@ -410,6 +426,8 @@ def small(tmp_path_factory):
     root = tmp_path_factory.mktemp("planted")/"small"
     (root/"nbs/results").mkdir(parents=True)
     for name in ["settings.ini", "constraints.txt"]: shutil.copy(ROOT/name, root)
+    (root/"_quarto.yml").write_text("website: {sidebar: {contents: [{href: index.ipynb}, {section: I, contents: "
+                                    "[{href: 00_core.ipynb}, {href: 01_attention.ipynb}]}]}}")
     (root/"nbs/results/demo.json").write_text('{"demo": {"val nats/char": 1.2345, "time s": 118.2}}')
     for name, sources in SMALL.items(): write_notebook(root, name, sources)
     (root/"settings.ini").write_text(re.sub(r"(?m)^version = .*", "version = 0.1.0", (root/"settings.ini").read_text()))
@@ -489,6 +507,11 @@ PLANTS = [
     (links_lead_somewhere, again("00_core", "More follows in [the next one](01_attention.ipynb#the-third-chapter).")),
     (links_lead_somewhere, again("00_core", "It stands\n[further down](#nowhere).")),
     (links_lead_somewhere, again("00_core", "It uses [`twice`](01_attention.ipynb) there.")),
+    (every_notebook_is_on_the_map, again("02_more", "# More\n\n> A third", "#| default_exp more")),
+    (every_notebook_is_on_the_map, edit("_quarto.yml", "{href: 00_core.ipynb}, ", "")),
+    (every_notebook_is_on_the_map, edit("_quarto.yml", "[{href: 00_core.ipynb}, {href: 01_attention.ipynb}]", "[{href: 01_attention.ipynb}, {href: 00_core.ipynb}]")),
+    (every_notebook_is_on_the_map, edit("_quarto.yml", "{href: 00_core.ipynb}", "{href: 00_core.ipynb}, {href: 00a_gone.ipynb}")),
+    (every_notebook_is_on_the_map, edit("nbs/index.ipynb", "01_attention.ipynb", "00_core.ipynb")),
     (pins_cover_the_requirements, edit("constraints.txt", "torch==2.13.0\n", "")),
     (pins_cover_the_requirements, edit("constraints.txt", "torch==2.13.0\n", "torch>=2.13\n")),
     (pins_cover_the_requirements, edit("settings.ini", "torch>=2.13,<3", "torch>=2.14,<3")),
