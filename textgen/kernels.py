@@ -141,7 +141,7 @@ SOURCE.append(r"""
 typedef float v16 LANES(64);
 typedef int32_t i16 LANES(64);
 #define AT(p) (*(v16 *)(p))  /* sixteen floats from p on */
-INLINE v16 choose(i16 yes, v16 a, v16 b) { return (v16)((yes & (i16)a) | (~yes & (i16)b)); }
+INLINE v16 either(i16 yes, v16 a, v16 b) { return (v16)((yes & (i16)a) | (~yes & (i16)b)); }
 INLINE float total(v16 x) {
     for (int half = 8; half; half /= 2)
         for (int j = 0; j < half; j++) x[j] += x[j + half];
@@ -198,14 +198,14 @@ void to_steps(float *x, int64_t n) {
     for (int64_t i = n; i < UP(n, 16); i++) x[i] = 0;
     for (int64_t i = 0; i < n; i += 16) {
         v16 size = (v16)((i16)AT(x + i) & 0x7FFFFFFF);
-        most = choose(size > most, size, most);
+        most = either(size > most, size, most);
         sum += size;
     }
     float step = total(sum) / (16.8e6f - n), least = largest(most) / 32700 + 1e-30f;
     if (step < least) step = least;  /* NaN stays NaN */
     for (int64_t i = 0; i < n; i += 16) {
         v16 z = AT(x + i) / step;
-        z += choose(z < 0, -half, half);
+        z += either(z < 0, -half, half);
         *(s16 *)((int16_t *)x + i) = __builtin_convertvector(__builtin_convertvector(z, i16), s16);
     }
     x[(n + 1) / 2] = step;
@@ -371,9 +371,9 @@ SOURCE.append(r"""
 /* The polynomial is that of Cephes (Moshier 1992). */
 INLINE v16 exp16(v16 x) {
     const v16 low = (v16){} - 87, high = (v16){} + 88, half = (v16){} + 0.5f;
-    x = choose(x < low, low, choose(x > high, high, x));
+    x = either(x < low, low, either(x > high, high, x));
     v16 z = x * 1.44269504f;
-    i16 n = __builtin_convertvector(z + choose(z < 0, -half, half), i16);
+    i16 n = __builtin_convertvector(z + either(z < 0, -half, half), i16);
     v16 m = __builtin_convertvector(n, v16), f = x - m * 0.693359375f + m * 2.12194440e-4f;
     v16 p = ((1.9875691500e-4f * f + 1.3981999507e-3f) * f + 8.3334519073e-3f) * f + 4.1665795894e-2f;
     p = ((p * f + 1.6666665459e-1f) * f + 5.0000001201e-1f) * f * f + f + 1;
@@ -425,13 +425,13 @@ void softmax(float *w, int64_t ws, int64_t rows, int64_t at, int64_t next, float
     for (int64_t r = 0; r < rows; r++, at += next, w += ws) {
         v16 sum = {}, best = (v16){} - INFINITY;
         for (int64_t s = 0; s < ws; s += 16) {
-            AT(w + s) = choose(lane + (float)s <= (float)at, AT(w + s), (v16){} - INFINITY);
-            best = choose(AT(w + s) > best, AT(w + s), best);
+            AT(w + s) = either(lane + (float)s <= (float)at, AT(w + s), (v16){} - INFINITY);
+            best = either(AT(w + s) > best, AT(w + s), best);
         }
         float top = largest(best);
         for (int64_t s = 0; s < ws; s += 16) {
             v16 e = exp16((AT(w + s) - top) * scale);
-            sum += AT(w + s) = choose(lane + (float)s <= (float)at, e, (v16){});
+            sum += AT(w + s) = either(lane + (float)s <= (float)at, e, (v16){});
         }
         float share = 1 / total(sum);
         for (int64_t s = 0; s < ws; s += 16) AT(w + s) *= share;
