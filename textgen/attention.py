@@ -89,7 +89,7 @@ class KVCache:
     def __init__(
         self,
         batch,  # B, rows
-        heads,  # H
+        heads,  # of keys and values
         length,  # slots of a row: the longest text it can hold
         head_size,  # D
         device=None,  # the layer's
