@@ -288,6 +288,7 @@ def write_checkpoint(
     directory,  # made if need be; other files in it stay
     dtype: str | None = None,  # float32, bfloat16 or float16; None: as it is
     max_shard_size: str | int = "5GB",  # as in read_size
+    generation: dict | None = None,  # for generation_config.json, besides the tokens that begin and end a text
 ):
     "Save a model in Hugging Face's layout; raises TextgenError when the disk refuses."
     config, family = decoder.config, FAMILIES[family_of(decoder.config)]
@@ -298,5 +299,6 @@ def write_checkpoint(
     values = hf_config(config, str(kind).removeprefix("torch."))
     with new_files(directory) as new:
         write_weights(views, new, kind, most)
-        write_object(new / "generation_config.json", {name: values[name] for name in ("bos_token_id", "eos_token_id")})
+        ends = {name: values[name] for name in ("bos_token_id", "eos_token_id")}
+        write_object(new / "generation_config.json", {**ends, **(generation or {})})
         write_object(new / "config.json", values)

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['worth_compiling', 'state_of', 'packed_decoder', 'slots_for', 'GPT', 'engine_for', 'write', 'read_generation_config',
-           'generation_config', 'save_model', 'find_device', 'load_model']
+           'generation_config', 'save_model', 'find_device', 'prepared', 'load_model']
 
 # %% ../nbs/07f_gpt.ipynb #8e4279df
-import json
 import sys
 import time
 import warnings
@@ -22,12 +21,13 @@ from .engine import Engine
 from .generator import TextGenerator
 from .gguf import open_model
 from .graphs import GraphSlots
+from .int8 import Int8Matrix, compiled_multiply, in_int8
 from .kernels import library_path
 from .native import PARTS, NativeSlots, Packed
 from .scoring import document_nll
 from .slots import Slots, lay_out
 from .tokenizer import Tokenizer
-from .weights import new_files, read_object
+from .weights import find_dtype, new_files, read_object
 
 # %% ../nbs/07f_gpt.ipynb #083a06b0
 def worth_compiling(
@@ -89,7 +89,7 @@ class GPT(TextGenerator):
     "A decoder and its tokenizer, ready to write."
     honours = frozenset(GenerationConfig.model_fields)
     compile: bool | str = "auto"  # the compiled step: "auto" where it pays, or True, or False
-    weights = "float32"  # what the compiled step keeps them as: "float32", "bfloat16" or "int8"
+    weights = "float32"  # what they are kept as, in the compiled step too: "float32", "bfloat16" or "int8"
     packed = drafts = None  # the weights, packed; what guesses several tokens at once, from chapter 7a
 
     def __init__(
@@ -109,8 +109,8 @@ class GPT(TextGenerator):
     save = lambda self, path: save_model(self, path)
 
     def nll(self, texts):
-        texts = [texts] if isinstance(texts, str) else texts
-        return document_nll(self.decoder, self.tokenizer.encode_batch(texts), self.eos_id).tolist()
+        texts, before = [texts] if isinstance(texts, str) else texts, (self.tokenizer.prefix or (self.eos_id,))[-1]
+        return document_nll(self.decoder, self.tokenizer.encode_batch(texts), before).tolist()
 
     @classmethod
     def load(cls, path, device="auto", dtype="float32", compile="auto") -> "GPT":
@@ -167,10 +167,12 @@ def read_generation_config(
 def generation_config(
     eos_id: int | None,  # the end-of-text token
     defaults: GenerationConfig,
+    bos_id: int | None = None,  # the token that begins a text; None: the one that ends it
 ) -> dict:  # for generation_config.json
     "Our settings in transformers' terms."
     ends = [eos_id, *defaults.stop_token_ids] if eos_id is not None and defaults.stop_token_ids else eos_id
-    values = {"bos_token_id": eos_id, "eos_token_id": ends, "do_sample": defaults.temperature > 0}
+    bos = eos_id if bos_id is None else bos_id
+    values = {"bos_token_id": bos, "eos_token_id": ends, "do_sample": defaults.temperature > 0}
     kept = defaults.model_fields_set & {"max_new_tokens", "temperature", "top_p"}
     if defaults.temperature == 0:
         return {**values, **defaults.model_dump(include=kept & {"max_new_tokens"})}
@@ -181,12 +183,13 @@ def save_model(
     model: GPT,
     path,  # a directory, made if need be
 ):
-    "Write a model in Hugging Face's layout; raises TextgenError when the disk refuses."
+    "Write a model in Hugging Face's layout; raises UsageError for int8, TextgenError when the disk refuses."
+    if isinstance(model.decoder.transformer.wte.weight, Int8Matrix):
+        raise UsageError("weights in int8 have lost what they were rounded from; load the model as float32 to save it")
     with new_files(path) as new:
         model.tokenizer.save(new)
-        write_checkpoint(model.decoder, new)
-        values = generation_config(model.eos_id, model.defaults)
-        Path(new, "generation_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        settings = generation_config(model.eos_id, model.defaults, model.decoder.config.bos_token_id)
+        write_checkpoint(model.decoder, new, generation=settings)
 
 # %% ../nbs/07f_gpt.ipynb #6a596c1f
 def find_device(
@@ -203,20 +206,36 @@ def find_device(
     return torch.device(name)
 
 # %% ../nbs/07f_gpt.ipynb #da1b13b7
+def prepared(
+    decoder: Decoder,  # in float32, where int8 is wanted
+    device: torch.device,
+    weights: str,  # as in load_model
+    compile: bool | str,  # likewise
+) -> Decoder:  # the same one, on the device
+    "A decoder as its slots want it: in bytes, or with its matrices laid out."
+    if weights != "int8":
+        native = device.type == "cpu" and compile is True  # the compiled step packs them in its own way
+        return (decoder if native else lay_out(decoder)).to(device)
+    if device.type != "cuda":
+        return in_int8(decoder).to(device)
+    kind = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return in_int8(decoder, *([compiled_multiply(device, kind)] if compile is True else [])).to(device, kind)
+
+# %% ../nbs/07f_gpt.ipynb #c4b7faf0
 def load_model(
     cls,  # GPT, or a class derived from it
     path,  # a directory in Hugging Face's layout, or a GGUF file
     device: str = "auto",  # as in find_device
-    dtype: str = "float32",  # or "bfloat16", "float16", "int8" (for the compiled step); "auto": as it is stored
+    dtype: str = "float32",  # or "bfloat16", "float16", "int8"; "auto": as it is stored
     compile: bool | str = "auto",  # the compiled step: "auto" where it pays, or True, or False
 ):
     "Read a model to write with; raises UsageError."
     device = find_device(device)
-    if dtype == "int8" and (device.type != "cpu" or not compile):
-        raise UsageError("int8 weights are for the compiled step, on the CPU; leave out compile=False, or use bfloat16")
+    if dtype not in ("auto", "int8"):
+        find_dtype(dtype, more=("auto", "int8"))
     decoder, tokenizer = open_model(path, "float32" if dtype == "int8" else dtype)
-    model = cls(lay_out(decoder).to(device), tokenizer)
     kind = "bfloat16" if decoder.transformer.wte.weight.dtype == torch.bfloat16 else "float32"
+    model = cls(prepared(decoder, device, dtype, compile), tokenizer)
     model.compile, model.weights = compile, "int8" if dtype == "int8" else kind
     file = Path(path, "generation_config.json")
     model.eos_id, model.defaults = read_generation_config(file, model.eos_id, model.decoder.config.vocab_size)

@@ -128,11 +128,14 @@ def read_object(
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def find_dtype(name: str) -> torch.dtype:  # raises UsageError
+def find_dtype(
+    name: str,
+    more=(),  # what else might be meant, for the error
+) -> torch.dtype:  # raises UsageError
     "The type of numbers that a name means."
     kinds = {str(kind).removeprefix("torch."): kind for kind in DTYPES.values()}
     if name not in kinds:
-        raise UsageError(f"dtype {name!r} is not known; {suggest(name, kinds)}")
+        raise UsageError(f"dtype {name!r} is not known; {suggest(name, [*kinds, *more])}")
     return kinds[name]
 
 
