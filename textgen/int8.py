@@ -73,15 +73,15 @@ def in_floats(x):
     return x.detach() if isinstance(x, Int8Matrix) else x
 
 
-def times(x: Tensor, matrix: Int8Matrix, bias: Tensor | None = None) -> Tensor:  # (..., O)
+def times(x: Tensor, weight: Int8Matrix, bias: Tensor | None = None) -> Tensor:  # (..., O)
     "x (..., I) times a matrix (O, I), as F.linear."
-    y = matrix.multiply(x.flatten(0, -2), matrix.numbers, matrix.scale).unflatten(0, x.shape[:-1])
+    y = weight.multiply(x.flatten(0, -2), weight.numbers, weight.scale).unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias
 
 
-def rows_of(ids: Tensor, matrix: Int8Matrix, *rest, **others) -> Tensor:  # (..., I)
+def rows_of(ids: Tensor, weight: Int8Matrix, *rest, **others) -> Tensor:  # (..., I)
     "Rows (...) of a table, as F.embedding; what else that takes is for training."
-    return F.embedding(ids, matrix.numbers) * F.embedding(ids, matrix.scale[:, None])
+    return F.embedding(ids, weight.numbers) * F.embedding(ids, weight.scale[:, None])
 
 
 WAYS = {F.linear: times, F.embedding: rows_of, torch.addmm: lambda bias, x, matrix: times(x, matrix, bias),
