@@ -9,10 +9,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import textgen
-from textgen.checkpoint import read_checkpoint
-from textgen.core import GenerationConfig, UsageError
+from textgen.core import UsageError
 from textgen.decoder import Decoder
-from textgen.gpt import GPT, prepared, slots_for, write
+from textgen.gpt import GPT, slots_for
 from textgen.graphs import GraphSlots
 from textgen.int8 import Int8Matrix, compiled_multiply, in_floats, in_int8, multiply, to_int8
 from textgen.kernels import Arena, build, compiler, linear, pack
@@ -85,8 +84,8 @@ def test_the_floats_are_gone():
     assert in_int8(decoder) is decoder and not any(ref() is not None for ref in alive)
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (*decoder.parameters(), *decoder.buffers())}
     assert sum(storages.values()) == count + 4 * outputs + 4 * others
-    slots = Slots(decoder, 1, 8)  # whose turned matrices are the same memory
-    assert {m.numbers.data_ptr() for block in slots.blocks for m in block if isinstance(m, Int8Matrix)} <= storages.keys()
+    matrix = decoder.transformer.h[0].mlp.c_fc.weight
+    assert matrix.t().numbers.data_ptr() == matrix.numbers.data_ptr()  # turned, it is the same memory
     again = copy.deepcopy(decoder)
     assert_close(again(torch.tensor([[1, 2]])), decoder(torch.tensor([[1, 2]])))
     with pytest.raises(UsageError, match="token ids from 600"): decoder(torch.tensor([[600]]))
@@ -96,6 +95,8 @@ def test_the_floats_are_gone():
 def test_other_types_and_functions():
     matrix, x = Int8Matrix(*to_int8(torch.randn(6, 4))).to(torch.bfloat16), torch.randn(3, 4)
     assert matrix.numbers.dtype == torch.int8 and (x.bfloat16() @ matrix.t()).dtype == matrix.detach().dtype == torch.bfloat16
+    decoder = in_int8(decoder_of(textgen.decoder.DecoderConfig(vocab_size=9, n_embd=8, n_layer=1)).bfloat16())
+    assert decoder(torch.tensor([[1, 2]])).dtype == decoder.caches(1)[0].k.dtype == torch.bfloat16
     matrix = matrix.float()
     for function, *arguments in [(torch.mv, x[0]), (torch.add, 1), (torch.mul, matrix)]:
         assert_close(function(matrix, *arguments), function(matrix.detach(), *in_floats(arguments)))

@@ -193,8 +193,9 @@ class Flight:
             host = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
             for to, x in zip(host, tensors):
                 to.copy_(x, non_blocking=True)
-            tensors, self.arrived = host, torch.cuda.Event()
-            self.arrived.record()
+            self.arrived = torch.cuda.Event()
+            self.arrived.record(torch.cuda.current_stream(tensors[0].device))
+            tensors = host
         self.tensors = tensors
 
     def land(self) -> list[list]:

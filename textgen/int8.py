@@ -84,8 +84,8 @@ def rows_of(ids: Tensor, weight: Int8Matrix, *rest, **others) -> Tensor:  # (...
     return F.embedding(ids, weight.numbers) * F.embedding(ids, weight.scale[:, None])
 
 
-WAYS = {F.linear: times, F.embedding: rows_of, torch.addmm: lambda bias, x, matrix: times(x, matrix, bias),
-        Tensor.matmul: times}
+WAYS = {F.linear: times, torch.addmm: lambda bias, x, matrix: times(x, matrix, bias), Tensor.matmul: times,
+        F.embedding: rows_of, torch.embedding: lambda weight, ids: rows_of(ids, weight)}
 
 # %% ../nbs/06j_int8.ipynb #fff66311
 @torch.no_grad()
@@ -95,9 +95,9 @@ def in_int8(
 ) -> Decoder:  # the same one
     "Keep the weights of a decoder in bytes."
     for layer in [decoder.transformer.wte, *(layer for layer in decoder.modules() if isinstance(layer, nn.Linear))]:
-        matrix = Int8Matrix(*to_int8(layer.weight), multiply)
+        (numbers, scale), dtype = to_int8(layer.weight), layer.weight.dtype
         del layer.weight
-        layer.weight = matrix
+        layer.weight = Int8Matrix(numbers, scale.to(dtype), multiply)
     return decoder.requires_grad_(False)
 
 # %% ../nbs/06j_int8.ipynb #39a37f84

@@ -143,7 +143,8 @@ def evaluating(
 def free_memory(device: torch.device) -> int | None:  # bytes; None where it cannot be known
     "What could be allocated now."
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     with contextlib.suppress(OSError):
         with open("/proc/meminfo", encoding="ascii") as lines:
             return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
