@@ -13,6 +13,7 @@ import numpy as np
 
 from .constrained import Constraint
 from .core import GenerationConfig, UsageError, uniforms
+from .generator import check_length
 from .slots import Slots
 
 # %% ../nbs/06h_seats.ipynb #52ac3979
@@ -67,8 +68,7 @@ def room(
     if wrong := [(what, i) for what, ids in named.items() for i in ids if not 0 <= i < V]:
         raise UsageError(f"{wrong[0][0]} {wrong[0][1]} is none of the model's, which run from 0 to {V - 1}; "
                          "use its own tokenizer")
-    if config.overflow == "error" and T + most > L:
-        raise UsageError(f"{T} prompt tokens + max_new_tokens={most} exceed the model's context of {L}; ask for fewer")
+    check_length(T, config, L)
     most = min(most, L - T) if config.overflow == "stop" else most
     if (needed := min(T + most, L)) > length:
         raise UsageError(f"this text may need {needed} positions and a slot has {length}; ask for less, or make "
