@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from textgen.benchmark import TARGETS, check_same, read_batches, read_names, targets
+from textgen import kernels
+from textgen.benchmark import AT_MOST, TARGETS, check_same, files_for, read_batches, read_names, tables, targets
 from textgen.core import TextgenError, UsageError
 from textgen.peers import BYTES, CONTESTANTS, SHAPES, Contestant, Lost, Runner, open_textgen, random_model
-from textgen.rounds import Plan, compare, first_difference, measure, middle_ratio, peer_of, weights_read
+from textgen.rounds import Memory, Plan, compare, difference, measure, middle_ratio, peer_of, weights_read
 from textgen.workloads import WORKLOADS, measure_workloads
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +23,7 @@ PROGRAM = [sys.executable, "-c", "import sys; from textgen.cli import main; sys.
 def dying(folder, weights): return lambda prompts, count, sampled: os.kill(os.getpid(), signal.SIGKILL)
 def hanging(folder, weights): return lambda prompts, count, sampled: time.sleep(600)
 def noisy(folder, weights): return lambda prompts, count, sampled: [print("x" * 10**6) or os.write(2, b"y" * 10**6) and [1] * count for _ in prompts]
+def stopping(folder, weights): return lambda prompts, count, sampled: [[1] * count, [1] * (count - 1)]
 def refusing(folder, weights): raise ValueError("not\nthis one")
 def absent(folder, weights): import no_such_library
 
@@ -56,6 +58,22 @@ def test_who_cannot_be_opened_says_why(open, said, folder):
     with pytest.raises(Lost, match=said): Runner(Contestant("it", open), folder)
 
 
+def test_who_stops_early_is_not_the_faster_one(folder):
+    runner = Runner(Contestant("it", stopping), folder)
+    with pytest.raises(Lost, match="did not write 3 tokens for each of 2 texts"): runner.ask([[1], [2]], 3)
+    assert not runner.process.is_alive()
+
+
+def test_without_a_compiler_nobody_writes_in_its_place(folder, monkeypatch):
+    "The compiled contestants are lost with the reason; eager PyTorch is not measured under their name."
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setenv("TEXTGEN_CACHE", str(folder/"cache"))
+    with pytest.raises(Lost, match="no C compiler was found"): Runner(next(one for one in CONTESTANTS if one.name == "textgen int8"), folder)
+    runner = Runner(EAGER, folder)
+    runner.close(patience=30)
+
+
 def test_a_contestant_says_nothing_on_the_terminal(folder, capfd):
     runner = Runner(Contestant("it", noisy), folder)
     assert runner.ask([[1], [2]], 3)[1] == [[1] * 3] * 2
@@ -74,21 +92,25 @@ def test_one_lost_contestant_loses_nobody_else(folder):
     assert list(entries) == ["dies", "absent", "textgen eager", "lies"]
     assert "SIGKILL" in entries["dies"]["lost"] and "not installed" in entries["absent"]["lost"]
     assert len(entries["textgen eager"]["rounds tokens/s"]) == len(entries["textgen eager"]["sampled rounds tokens/s"]) == 2
-    assert entries["lies"]["differs"] == {"row": 0, "token": 0, "gap": pytest.approx(entries["lies"]["differs"]["gap"])}
+    found = entries["lies"]["differs"]
+    assert (found["texts"], found["of"], found["token"]) == (2, 2, 0) and found["gap"] > found["margin"] == 1e-3
     assert "differs" not in entries["textgen eager"] and told.count("textgen eager") == 3
     with pytest.raises(TextgenError, match="lies writes other tokens in float32"): check_same(results)
+    found["margin"] = found["gap"] + 1   # told apart by rounding, say
+    check_same(results)
+    assert "lies: other tokens in 2 of 2 texts" in next(tables(results)).caption
 
 
 def test_figures_are_medians_of_ratios_and_shares():
     plan, peer = Plan(["tiny"], [2]), "CTranslate2 float32"
-    entries = {"transformers": {"rounds tokens/s": [1.0, 2.0, 3.0]}, peer: {"lost": "not installed"},
-               "textgen float32": {"rounds tokens/s": [10.0, 2.0, 9.0], "sampled rounds tokens/s": [9.0, 2.0]}}
-    results = {"figures": {"tiny, batch 2": entries}, "memory": {"cpu rounds GB/s": [1.0, 2.0]}}
+    entries = {"transformers": {"rounds tokens/s": [1.0, 2.0, 3.0], "read rounds GB/s": [1.0, 1.0, 1.0]}, peer: {"lost": "not installed"},
+               "textgen float32": {"rounds tokens/s": [10.0, 2.0, 9.0], "sampled rounds tokens/s": [8.0, 2.0], "read rounds GB/s": [1.0, 2.0, 3.0]}}
+    results = {"figures": {"tiny, batch 2": entries}}
     compare(plan, results)
     ours = entries["textgen float32"]
     assert ours["tokens/s"] == 9 and ours["transformers ×"] == 3 and "CTranslate2 ×" not in ours   # the medians of 10, 2, 9 and of 10, 1, 3
-    assert ours["greedy %"] == pytest.approx(95)                                                   # of 0.9 and 1
-    assert ours["memory %"] == pytest.approx(100 * 9 / 2 * weights_read("tiny", "float32") / 2e9)
+    assert ours["sampling adds %"] == pytest.approx(12.5)                                          # of 1.25 and 1
+    assert ours["roofline %"] == pytest.approx(100 * 3 / 2 * weights_read("tiny", "float32") / 1e9) and ours["read GB/s"] == 2   # of 10, 1, 3
     assert middle_ratio([4.0], [2.0, 1.0]) == 2
 
 
@@ -104,8 +126,12 @@ def test_every_target_names_what_is_measured():
     for title, row in TARGETS:
         if title == "workloads": assert row.split(", ")[0] in WORKLOADS and row.split(", ")[1] in SHAPES
         else: assert row in names and title.split(",")[0] in SHAPES
-    figures = {title: {row: dict.fromkeys(wanted, 0.0)} for (title, row), wanted in TARGETS.items() if title != "workloads"}
-    assert not any(one["met"] for one in targets({"figures": figures}).values())
+    results = {"figures": {}, "workloads": {}}
+    for (title, row), wanted in TARGETS.items():
+        (results["workloads"] if title == "workloads" else results["figures"].setdefault(title, {}))[row] = dict.fromkeys(wanted, 0.0)
+    found = targets(results)
+    assert len(found) == sum(map(len, TARGETS.values()))
+    assert {name.rpartition(", ")[2] for name, one in found.items() if one["met"]} == AT_MOST   # nothing is little
     waits = {"batching, gpt2": {"one after another ×": 9, "longest wait of its share %": 101}}
     assert [one["met"] for one in targets({"workloads": waits}).values()] == [True, False]
 
@@ -124,8 +150,60 @@ def test_a_difference_is_where_it_is_and_as_wide_as_the_logits_say():
     import torch
     decoder, prompt = random_model("tiny").decoder, [3, 4]
     with torch.no_grad(): logits = decoder(torch.tensor([[*prompt, 7]]))[0, -1]
-    found = first_difference(decoder, [[1], prompt], [[5, 6], [7, 8]], [[5, 6], [7, 9]])
-    assert (found["row"], found["token"]) == (1, 1) and math.isclose(found["gap"], abs(logits[8] - logits[9]), rel_tol=1e-5)
+    found = difference(decoder, [[1], prompt], [[5, 6], [7, 8]], [[5, 6], [7, 9]])
+    assert (found["texts"], found["of"], found["text"], found["token"]) == (1, 2, 1, 1) and math.isclose(found["gap"], abs(logits[8] - logits[9]), rel_tol=1e-5)
+
+
+def test_of_several_differences_the_widest_counts():
+    "A tie in the first text must not hide what comes after it."
+    import torch
+    decoder, prompts = random_model("tiny").decoder, [[3], [4], [5]]
+    with torch.no_grad(): order = [decoder(torch.tensor([prompt]))[0, -1].argsort().tolist() for prompt in prompts]
+    best, second, worst = ([[one[at]] for one in order] for at in (-1, -2, 0))
+    found = difference(decoder, prompts, [second[0], worst[1], best[2]], best)
+    assert (found["texts"], found["of"], found["text"]) == (2, 3, 1)
+
+
+def test_how_fast_memory_is_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(kernels, "compiler", lambda: None)
+    memory = Memory("cpu", 2**20)
+    assert memory.by == "torch.sum" and memory.speed(2**19) > 0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_memory_is_really_read(threads):
+    "The loop adds up every number of the part it is to read, once in each pass."
+    import ctypes
+    memory = Memory("cpu", 2**20, threads)
+    if memory.by != "C": pytest.skip("no compiler")
+    memory.loop.restype = ctypes.c_float   # one of sixteen sums
+    call = lambda blocks, passes: memory.loop(ctypes.c_void_p(memory.numbers), *map(ctypes.c_int64, (blocks, passes, threads)))
+    assert call(2048, 1) == 2048 * 8 and call(1024, 3) == 3 * 1024 * 8
+
+
+def test_no_graphics_card_is_said(monkeypatch):
+    import torch
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    results = {}
+    measure(Plan(["gpt2"], [1], device="cuda", contestants=[Contestant("textgen CUDA", dying)]), results)
+    assert all("no graphics card" in one["why"] for one in targets(results).values()) and len(targets(results)) == 3
+    assert "no graphics card" in next(tables(results))
+
+
+@pytest.mark.parametrize("typed, figures, plot", [("x", "x.json", "x.png"), ("x.json", "x.json", "x.png"), ("x.png", "x.json", "x.png"),
+                                                  ("results.v2", "results.v2.json", "results.v2.png"), ("a/b.JSON", "a/b.JSON", "a/b.png")])
+def test_names_of_the_files(typed, figures, plot, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert files_for(Path(typed)) == (Path(figures), Path(plot)) and not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_no_place_for_the_files(tmp_path):
+    (tmp_path/"file").touch()
+    (tmp_path/"x.png").mkdir()
+    for typed, kind in [("file/x", TextgenError), ("x", UsageError), ("x.json", UsageError)]:
+        with pytest.raises(kind, match="could not write to|is a folder"): files_for(tmp_path/typed)
+    if os.path.exists("/dev/null"):
+        with pytest.raises(UsageError, match="is no plain file"): files_for(Path("/dev/null"))
 
 
 def test_a_workload_that_cannot_be_measured_is_a_row(monkeypatch):
@@ -156,10 +234,12 @@ def test_the_command(tmp_path):
     entries = results["figures"]["tiny, batch 1"]
     assert list(entries) == [one.name for one in CONTESTANTS] and results["machine"]["versions"]["torch"]
     for entry in entries.values():
-        assert "lost" in entry or len(entry["rounds tokens/s"]) == 2 and entry["tokens/s"] > 0
-    assert entries["textgen eager"]["transformers ×"] > 0 and results["memory"]["cpu GB/s"] == max(results["memory"]["cpu rounds GB/s"])
+        assert "lost" in entry or len(entry["rounds tokens/s"]) == len(entry["read rounds GB/s"]) == 2 and entry["tokens/s"] > 0
+    if any("not installed" in entry.get("lost", "") for entry in entries.values()): assert 'pip install "textgen[peers]"' in done.stdout
+    assert "tiny, batch 1: textgen float32, CTranslate2 ×" in done.stdout and "targets" in done.stdout
+    assert entries["textgen eager"]["transformers ×"] > 0 and results["memory"]["cpu"]["read by"] in ("C", "torch.sum")
     keys = {key for entry in entries.values() for key in entry} - {"lost", "differs"}
-    assert all(re.search(r" ?(tokens/s|ms|s|MB|%|×)$", key) for key in keys), keys
+    assert all(re.search(r" ?(tokens/s|ms|s|MB|GB/s|%|×)$", key) for key in keys), keys
     assert (tmp_path/"out/figures.png").read_bytes().startswith(b"\x89PNG")
 
 

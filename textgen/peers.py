@@ -97,7 +97,9 @@ def write_gguf(
     from textgen.weights import read_object
 
     config, path = read_object(Path(folder, "config.json")), str(Path(folder, f"{kind}.gguf"))
-    types, writer = gguf.GGMLQuantizationType, gguf.GGUFWriter(path, "gpt2")
+    if os.path.exists(path):  # somebody may be reading it
+        return path
+    types, writer = gguf.GGMLQuantizationType, gguf.GGUFWriter(f"{path}.part", "gpt2")
     wanted = {"float32": types.F32, "bfloat16": types.BF16, "q8_0": types.Q8_0}[kind]
     for say, name in GGUF_SETTINGS.items():
         getattr(writer, f"add_{say}")(config[name])
@@ -110,14 +112,18 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    os.replace(f"{path}.part", path)
     return path
 
 # %% ../nbs/14c_peers.ipynb #3e9bf340
 def open_textgen(folder, weights: str, compile: bool = True, device: str = "cpu") -> Callable:
-    "Our own way to write: with eager PyTorch, or the compiled step."
+    "Our own way to write, with eager PyTorch or the compiled step; raises UsageError where that can't be compiled."
     from textgen.core import GenerationConfig
     from textgen.gpt import GPT, write
+    from textgen.native import native_library
 
+    if compile and device == "cpu":
+        native_library()  # or else the model would fall back to PyTorch, and be taken for what it is not
     model = GPT.load(folder, device, weights, compile)
 
     def run(prompts, count, sampled):
@@ -205,16 +211,19 @@ def llama_write(
     return rows
 
 # %% ../nbs/14c_peers.ipynb #a8726536
-def llama_context(library, model, threads: int, rows: int, length: int):
-    "Room for some texts of so many tokens."
+def llama_context(library, model, threads: int, rows: int, length: int, exact: bool):
+    "Room for some texts of so many tokens; `exact` is with keys and values in float32."
     settings = library.llama_context_default_params()
+    if exact:
+        settings.type_k = settings.type_v = library.GGML_TYPE_F32
+        settings.flash_attn_type = 0  # none
     settings.n_threads = settings.n_threads_batch = threads
     settings.n_seq_max, settings.no_perf = rows, True
     settings.n_ctx = rows * -(-length // 256) * 256  # positions of all texts together
     return library.llama_init_from_model(model, settings)
 
 # %% ../nbs/14c_peers.ipynb #31ee67fd
-def open_llama(folder, weights: str, threads: int = 1) -> Callable:
+def open_llama(folder, weights: str, threads: int = 1, exact: bool = False) -> Callable:
     "llama.cpp through llama-cpp-python's C functions."
     import llama_cpp as library
 
@@ -230,8 +239,9 @@ def open_llama(folder, weights: str, threads: int = 1) -> Callable:
 
     def run(prompts, count, sampled):
         size = len(prompts), len(prompts[0]) + count
-        context = contexts.get(size) or contexts.setdefault(size, llama_context(library, model, threads, *size))
-        return llama_write(library, context, samplers[sampled], prompts, count)
+        if size not in contexts:
+            contexts[size] = llama_context(library, model, threads, *size, exact)
+        return llama_write(library, contexts[size], samplers[sampled], prompts, count)
     return run
 
 # %% ../nbs/14c_peers.ipynb #d77fc6b7
@@ -246,6 +256,8 @@ class Contestant:
     weights: str = "float32"  # one of BYTES
     settings: dict = field(default_factory=dict, hash=False)  # more for `open`
     threaded: bool = False  # whether `open` takes the number of threads; the others take PyTorch's
+    margin: float = 1e-3  # in float32, logits this close may be told apart differently
+    coarse: str = ""  # what it rounds more than float32 does, which is why the margin is wider
 
     @property
     def ours(self) -> bool:
@@ -256,13 +268,15 @@ class Contestant:
 CONTESTANTS = [
     Contestant("transformers", open_transformers),
     *(Contestant(f"CTranslate2 {kind}", open_ctranslate2, kind, threaded=True) for kind in ("float32", "int8")),
-    *(Contestant(f"llama.cpp {kind}", open_llama, kind, threaded=True) for kind in ("float32", "bfloat16", "q8_0")),
+    Contestant("llama.cpp float32", open_llama, threaded=True, margin=0.04, coarse="keys, values and GELU"),
+    Contestant("llama.cpp all float32", open_llama, "float32", {"exact": True}, True, margin=0.01, coarse="GELU"),
+    *(Contestant(f"llama.cpp {kind}", open_llama, kind, threaded=True) for kind in ("bfloat16", "q8_0")),
     Contestant("textgen eager", open_textgen, settings={"compile": False}),
     *(Contestant(f"textgen {kind}", open_textgen, kind) for kind in ("float32", "bfloat16", "int8")),
 ]
 SLOW = [Contestant("transformers compiled", open_transformers, settings={"compile": True})]  # a minute to compile
 ON_GPU = [Contestant("transformers CUDA", open_transformers, "bfloat16", {"device": "cuda"}),
-          Contestant("textgen CUDA", open_textgen, "bfloat16", {"compile": False, "device": "cuda"})]
+          Contestant("textgen CUDA", open_textgen, "bfloat16", {"device": "cuda"})]  # through CUDA graphs
 
 # %% ../nbs/14c_peers.ipynb #dd05f7b0
 class Lost(Exception):
@@ -366,9 +380,13 @@ class Runner:
         hear(self)
 
     def ask(self, prompts: list[list[int]], count: int, sampled: bool = False) -> tuple[float, list[list[int]]]:
-        "Let it write `count` tokens behind each prompt: seconds, and the new tokens of each row."
+        "Let it write `count` tokens behind each prompt: seconds, and the new tokens of each row; raises Lost."
         with contextlib.suppress(OSError):  # it has died since, as we shall hear
             self.connection.send((prompts, count, sampled))
-        return hear(self)
+        seconds, rows = hear(self)
+        if [len(row) for row in rows] != [count] * len(prompts):
+            self.close()
+            raise Lost(f"it did not write {count} tokens for each of {len(prompts)} texts")
+        return seconds, rows
 
     close = lambda self, patience=0: end(self, patience)

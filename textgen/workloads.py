@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from .core import TextgenError
 from .peers import SHAPES, Lost, random_model
 
 # %% ../nbs/14e_workloads.ipynb #35c788f3
@@ -151,7 +152,7 @@ def compiling(model, shape: str) -> dict:
         env = {**os.environ, "TEXTGEN_CACHE": folder}
         runs = [subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True) for _ in range(2)]
     if runs[0].returncode:
-        raise Lost(runs[0].stderr.strip().rpartition("\n")[2])
+        raise Lost(runs[0].stderr.strip().rpartition("\n")[2].partition(": ")[2])
     return {"first time s": float(runs[0].stdout), "cached s": float(runs[1].stdout)}
 
 # %% ../nbs/14e_workloads.ipynb #ab0127b9
@@ -176,6 +177,7 @@ def measure_workloads(
                 for key, value in WORKLOADS[name](model, shape).items():
                     entry["rounds"].setdefault(key, []).append(value)
                     entry[key] = statistics.median(entry["rounds"][key])
-        except Lost as error:
+        except (Lost, TextgenError, OSError) as error:
             entry["lost"] = str(error)
+        entry["step"] = "compiled" if model.compile else "eager"
         tell(name)
