@@ -103,7 +103,7 @@ def remarks(entry: dict) -> Iterator[str]:
     if entry.get("step") == "eager":
         yield "with PyTorch's step, as there is no compiled one"
 
-
+# %% ../nbs/14f_benchmark.ipynb #7a20a8d0
 def all_remarks(entries: dict[str, dict]) -> list[str]:
     "What has to be said about a table, each thing once for all rows of which it is true."
     said = {}
@@ -323,8 +323,8 @@ def files_for(
 ) -> tuple[Path, Path]:  # for figures, and for the plot
     "Two names made of one; raises UsageError for what is no file, TextgenError where none can be written."
     ending = output.suffix.lower()
-    base = output.with_suffix("") if ending in (".json", ".png") else output
-    files = output if ending == ".json" else base.with_name(f"{base.name}.json"), base.with_name(f"{base.name}.png")
+    base = str(output.with_suffix("") if ending in (".json", ".png") else output)
+    files = output if ending == ".json" else Path(f"{base}.json"), Path(f"{base}.png")
     for path in (output, *files):
         if path.exists() and not path.is_file():
             raise UsageError(f"--output {path} is {'a folder' if path.is_dir() else 'no plain file'}; name a file")

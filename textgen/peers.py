@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .core import atomic_path
+
 # %% ../nbs/14c_peers.ipynb #fd374c5f
 SHAPES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, n_positions=1024),
@@ -90,16 +92,15 @@ GGUF_SETTINGS = {"block_count": "n_layer", "context_length": "n_positions", "emb
 def write_gguf(
     folder,  # of a GPT-2 in Hugging Face's layout
     kind: str,  # of weights: "float32", "bfloat16" or "q8_0"
-) -> str:  # the file made in it
+    path,  # the file to write
+):
     "A model in llama.cpp's format."
     import gguf
 
     from textgen.weights import read_object
 
-    config, path = read_object(Path(folder, "config.json")), str(Path(folder, f"{kind}.gguf"))
-    if os.path.exists(path):  # somebody may be reading it
-        return path
-    types, writer = gguf.GGMLQuantizationType, gguf.GGUFWriter(f"{path}.part", "gpt2")
+    config = read_object(Path(folder, "config.json"))
+    types, writer = gguf.GGMLQuantizationType, gguf.GGUFWriter(str(path), "gpt2")
     wanted = {"float32": types.F32, "bfloat16": types.BF16, "q8_0": types.Q8_0}[kind]
     for say, name in GGUF_SETTINGS.items():
         getattr(writer, f"add_{say}")(config[name])
@@ -112,8 +113,6 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    os.replace(f"{path}.part", path)
-    return path
 
 # %% ../nbs/14c_peers.ipynb #3e9bf340
 def open_textgen(folder, weights: str, compile: bool = True, device: str = "cpu") -> Callable:
@@ -228,8 +227,10 @@ def open_llama(folder, weights: str, threads: int = 1, exact: bool = False) -> C
     import llama_cpp as library
 
     library.llama_backend_init()
-    path = write_gguf(folder, weights).encode()
-    model = library.llama_model_load_from_file(path, library.llama_model_default_params())
+    if not (path := Path(folder, f"{weights}.gguf")).exists():  # or else somebody may be reading it
+        with atomic_path(path) as temporary:
+            write_gguf(folder, weights, temporary)
+    model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
     chains = {False: {"greedy": []}, True: {"top_k": [50], "temp": [0.8], "dist": [0]}}
     samplers, contexts = {}, {}
     for sampled, links in chains.items():
@@ -264,7 +265,7 @@ class Contestant:
         "Whether it is textgen."
         return self.open is open_textgen
 
-
+# %% ../nbs/14c_peers.ipynb #492da4ca
 CONTESTANTS = [
     Contestant("transformers", open_transformers),
     *(Contestant(f"CTranslate2 {kind}", open_ctranslate2, kind, threaded=True) for kind in ("float32", "int8")),
