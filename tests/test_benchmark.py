@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from textgen import kernels
+from textgen import benchmark, kernels
 from textgen.benchmark import AT_MOST, TARGETS, check_same, files_for, read_batches, read_names, tables, targets
 from textgen.core import TextgenError, UsageError
 from textgen.peers import BYTES, CONTESTANTS, SHAPES, Contestant, Lost, Runner, open_textgen, random_model
@@ -219,6 +219,33 @@ def test_what_was_mistyped(act):
     with pytest.raises(UsageError): act()
 
 
+def half_done(names, shape, rounds, results, tell):
+    "Stands for workloads of which the second ends everything."
+    results["workloads"] = {"prefix, tiny": {"rounds": {"nothing shared ×": [2.0]}, "nothing shared ×": 2.0}}
+    raise TextgenError("no room")
+
+
+def test_a_fault_in_the_middle_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "measure_workloads", half_done)
+    with pytest.raises(TextgenError, match="no room"): benchmark.run(["prefix", "batching"], Plan(["tiny"]), tmp_path/"x")
+    assert "nothing shared ×" in capsys.readouterr().out
+    assert json.loads((tmp_path/"x.json").read_text(encoding="utf-8"))["workloads"]["prefix, tiny"]["nothing shared ×"] == 2
+
+
+def test_a_full_disk_keeps_what_was_measured_on_the_screen(tmp_path, monkeypatch, capsys):
+    def full(path): raise TextgenError(f"could not write {path}: No space left on device; free some space")
+    monkeypatch.setattr(benchmark, "atomic_path", full)
+    results = {"workloads": {"prefix, tiny": {"rounds": {"nothing shared ×": [2.0]}, "nothing shared ×": 2.0}}}
+    with pytest.raises(TextgenError, match="No space left"): benchmark.report([], results, tmp_path/"x.json", tmp_path/"x.png")
+    assert "nothing shared ×" in capsys.readouterr().out
+
+
+def test_figures_that_are_there_are_not_replaced_by_none(tmp_path, monkeypatch, capsys):
+    (tmp_path/"x.json").write_text("{}")
+    benchmark.report([], {"figures": {"tiny, batch 1": {"textgen int8": {"lost": "no"}}}}, tmp_path/"x.json", tmp_path/"x.png")
+    assert (tmp_path/"x.json").read_text() == "{}" and "nothing is saved" in capsys.readouterr().out
+
+
 # The command
 
 def environment(): return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -241,6 +268,16 @@ def test_the_command(tmp_path):
     keys = {key for entry in entries.values() for key in entry} - {"lost", "differs"}
     assert all(re.search(r" ?(tokens/s|ms|s|MB|GB/s|%|×)$", key) for key in keys), keys
     assert (tmp_path/"out/figures.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_ctrl_c_is_not_heard_by_a_contestant(folder):
+    "Not by the first one of a program either, with which multiprocessing starts a process of its own."
+    code = ("import os, signal, sys; from textgen.peers import CONTESTANTS, Runner\n"
+            "runner = Runner(next(one for one in CONTESTANTS if one.name == 'textgen eager'), sys.argv[1])\n"
+            "os.kill(runner.process.pid, signal.SIGINT); print(len(runner.ask([[1]], 3)[1][0])); runner.close(30)")
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "3\n", "")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")

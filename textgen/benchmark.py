@@ -100,7 +100,7 @@ def remarks(entry: dict) -> Iterator[str]:
         words = "other tokens in {texts} of {of} texts, where our logits of both are {gap:.2g} apart or less"
         more = ", for it rounds {coarse} to half precision" if entry["differs"]["coarse"] else ""
         yield (words + more).format(**entry["differs"])
-    if entry.get("step") == "eager":
+    if entry.get("step") == "eager" and entry["rounds"]:
         yield "with PyTorch's step, as there is no compiled one"
 
 # %% ../nbs/14f_benchmark.ipynb #7a20a8d0

@@ -16,9 +16,10 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
 
-from .core import atomic_path
+from .core import TextgenError, atomic_path
 
 # %% ../nbs/14c_peers.ipynb #fd374c5f
 SHAPES = {
@@ -54,7 +55,9 @@ def write_ctranslate2(
     "A model in CTranslate2's format."
     from ctranslate2.converters.transformers import GPT2Loader
     from transformers import GPT2LMHeadModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # its lock would outlive a process that is killed
     decoder = GPT2LMHeadModel.from_pretrained(folder)
     spec = GPT2Loader().get_model_spec(decoder)
     spec.register_vocabulary([f"t{i}" for i in range(decoder.config.vocab_size)])
@@ -140,7 +143,7 @@ def open_transformers(folder, weights: str, compile: bool = False, device: str =
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # its lock would outlive a process that is killed
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, weights)).to(device).eval()
     more = {"cache_implementation": "static"} if compile else {}
     if compile:
@@ -297,14 +300,17 @@ def hear(
     runner,  # a Runner
 ) -> tuple[float, list[list[int]]]:  # seconds, and new tokens
     "What a contestant says next; raises Lost when it fails, dies or takes too long."
+    patience = 10
     try:
-        said = runner.connection.poll(runner.limit)
-        found = runner.connection.recv() if said else f"no answer within {runner.limit:g} s"
+        if runner.connection.poll(runner.limit):
+            found = runner.connection.recv()
+        else:
+            found, patience = f"no answer within {runner.limit:g} s", 0
     except (EOFError, OSError):
-        runner.process.join(10)
+        runner.process.join(patience)
         found = died(runner.process.exitcode)
     if isinstance(found, str):
-        runner.close()
+        runner.close(patience)
         raise Lost(found)
     return found
 
@@ -345,7 +351,8 @@ def serve(
     except ModuleNotFoundError as error:
         connection.send(f'not installed ({error.name}); pip install "textgen[peers]"')
     except Exception as error:
-        connection.send(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+        kind = "" if isinstance(error, TextgenError) else f"{type(error).__name__}: "
+        connection.send(" ".join(f"{kind}{error}".split())[:200])
 
 # %% ../nbs/14c_peers.ipynb #bb13788a
 @contextlib.contextmanager
@@ -354,6 +361,7 @@ def deaf():
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    resource_tracker.ensure_running()  # a process of multiprocessing's own, whose start would undo what comes next
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

@@ -7,6 +7,7 @@ __all__ = ['WORKLOADS', 'seconds', 'random_ids', 'run_engine', 'batching', 'pref
            'speculative', 'cold_start', 'compiling', 'measure_workloads']
 
 # %% ../nbs/14e_workloads.ipynb #51b8f8eb
+import contextlib
 import os
 import statistics
 import subprocess
@@ -112,8 +113,8 @@ def speculative(model, shape: str) -> dict:
     from textgen.gpt import write
     from textgen.speculative import Lookup
 
-    model, greedy = repeating(shape), lambda count: GenerationConfig(max_new_tokens=count, temperature=0)
-    model.compile, length = True, SHAPES[shape]["n_positions"]
+    compiled, model, length = model.compile, repeating(shape), SHAPES[shape]["n_positions"]
+    model.compile, greedy = compiled, lambda count: GenerationConfig(max_new_tokens=count, temperature=0)
     texts, run = {}, lambda prompt, count: [token.id for token in write(model, [prompt], [0], greedy(count))]
     prompt = [1, *run([1], length // 2)]
     for drafts in (None, Lookup()):
@@ -168,8 +169,12 @@ def measure_workloads(
     tell: Callable[[str], None] = lambda name: None,  # called after each
 ):
     "Fill in each figure of each workload, with its rounds; or why there is none."
+    from textgen.native import native_library
+
     model = random_model(shape)
-    model.compile = True
+    model.compile = False
+    with contextlib.suppress(TextgenError):  # no compiler, or none that works
+        model.compile = bool(native_library())
     for name in names:
         entry = results.setdefault("workloads", {})[f"{name}, {shape}"] = {"rounds": {}}
         try:
