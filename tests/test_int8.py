@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.testing import assert_close
@@ -98,15 +99,21 @@ def test_other_types_and_functions():
     decoder = in_int8(decoder_of(textgen.decoder.DecoderConfig(vocab_size=9, n_embd=8, n_layer=1)).bfloat16())
     assert decoder(torch.tensor([[1, 2]])).dtype == decoder.caches(1)[0].k.dtype == torch.bfloat16
     matrix = matrix.float()
+    square = Int8Matrix(*to_int8(torch.randn(4, 4)))
+    for one in (square, square.t()):  # either way round, and on either side
+        for function in (lambda w: x @ w, lambda w: w @ x.t(), lambda w: x[0] @ w, lambda w: F.linear(x, w), lambda w: F.linear(w, w),
+                         lambda w: torch.addmm(x[0], x, w), lambda w: F.linear(x[0], w), lambda w: F.linear(x[:0], w, x[0]), lambda w: F.linear(x[None, None], w),
+                         lambda w: F.embedding(torch.tensor([2]), w), lambda w: torch.embedding(w, torch.tensor([[0, 3]])), lambda w: F.linear(w, x)):
+            assert_close(function(one), function(one.detach()), atol=1e-5, rtol=1e-5)
     for function, *arguments in [(torch.mv, x[0]), (torch.add, 1), (torch.mul, matrix)]:
         assert_close(function(matrix, *arguments), function(matrix.detach(), *in_floats(arguments)))
-    assert_close(torch.nn.functional.linear(x[None], weight=matrix, bias=torch.ones(6)), x[None] @ matrix.detach().t() + 1)
+    assert_close(F.linear(x[None], weight=matrix, bias=torch.ones(6)), x[None] @ matrix.detach().t() + 1)
 
 
 def test_what_is_broken_shows():
     weight = torch.randn(3, 4)
     weight[0, 1], weight[1, 2] = torch.nan, torch.inf
-    y = torch.nn.functional.linear(torch.ones(1, 4), Int8Matrix(*to_int8(weight)))[0]
+    y = F.linear(torch.ones(1, 4), Int8Matrix(*to_int8(weight)))[0]
     assert not y[:2].isfinite().any() and y[2].isfinite()
 
 
@@ -203,5 +210,5 @@ def test_a_trained_llama(one_thread):
     assert 1e-4 < error < 0.03 and (got.argmax(-1) == wanted.argmax(-1)).float().mean() > 0.9
     per_token = [one.nll(text)[0] / (ids.shape[1] - 1) for one in (plain, model)]
     assert per_token[1] == pytest.approx(per_token[0], abs=0.02)
-    surprise = torch.nn.functional.cross_entropy(wanted[:-1], ids[0, 1:], reduction="sum")  # after the token that begins a text
+    surprise = F.cross_entropy(wanted[:-1], ids[0, 1:], reduction="sum")  # after the token that begins a text
     assert ids[0, 0] == plain.tokenizer.prefix[0] == 1 and plain.nll(text)[0] == pytest.approx(surprise.item(), rel=1e-4)

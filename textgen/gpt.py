@@ -237,8 +237,13 @@ def prepared(
         return (decoder if native else lay_out(decoder)).to(device)
     if device.type != "cuda":
         return in_int8(decoder).to(device)
-    kind = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return in_int8(decoder, *([compiled_multiply(device, kind)] if compile is True else [])).to(device, kind)
+    kind, ways, start = torch.float16, [], time.perf_counter()
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        kind = torch.bfloat16
+    if compile is True:
+        ways = [compiled_multiply(device, kind)]
+        print(f"compiled the product of bytes: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    return in_int8(decoder, *ways).to(device, kind)
 
 # %% ../nbs/07f_gpt.ipynb #c4b7faf0
 def load_model(

@@ -73,18 +73,24 @@ def in_floats(x):
     return x.detach() if isinstance(x, Int8Matrix) else x
 
 
-def times(x: Tensor, weight: Int8Matrix, bias: Tensor | None = None) -> Tensor:  # (..., O)
-    "x (..., I) times a matrix (O, I), as F.linear."
-    y = weight.multiply(x.flatten(0, -2), weight.numbers, weight.scale).unflatten(0, x.shape[:-1])
+def times(x: Tensor, weight: Int8Matrix, bias: Tensor | None = None, turned=False) -> Tensor:  # (..., O)
+    "x (..., I) times a matrix (O, I), or (I, O) if it is turned, plus a bias, if any."
+    if isinstance(x, Int8Matrix) or not isinstance(weight, Int8Matrix) or weight.turned != turned:
+        y = torch.matmul(in_floats(x), in_floats(weight) if turned else in_floats(weight).t())
+    else:
+        y = weight.multiply(x.reshape(-1, x.shape[-1]), weight.numbers, weight.scale).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
 def rows_of(ids: Tensor, weight: Int8Matrix, *rest, **others) -> Tensor:  # (..., I)
     "Rows (...) of a table, as F.embedding; what else that takes is for training."
+    if weight.turned:
+        return F.embedding(ids, weight.detach())
     return F.embedding(ids, weight.numbers) * F.embedding(ids, weight.scale[:, None])
 
 
-WAYS = {F.linear: times, torch.addmm: lambda bias, x, matrix: times(x, matrix, bias), Tensor.matmul: times,
+WAYS = {F.linear: times, torch.addmm: lambda bias, x, matrix: times(x, matrix, bias, turned=True),
+        Tensor.matmul: lambda x, matrix: times(x, matrix, turned=True),
         F.embedding: rows_of, torch.embedding: lambda weight, ids: rows_of(ids, weight)}
 
 # %% ../nbs/06j_int8.ipynb #fff66311
