@@ -102,7 +102,7 @@ def test_other_types_and_functions():
     square = Int8Matrix(*to_int8(torch.randn(4, 4)))
     for one in (square, square.t()):  # either way round, and on either side
         for function in (lambda w: x @ w, lambda w: w @ x.t(), lambda w: x[0] @ w, lambda w: F.linear(x, w), lambda w: F.linear(w, w),
-                         lambda w: torch.addmm(x[0], x, w), lambda w: F.linear(x[0], w), lambda w: F.linear(x[:0], w, x[0]), lambda w: F.linear(x[None, None], w),
+                         lambda w: torch.addmm(x[0], x, w), lambda w: x.clone().addmm_(x, w), lambda w: F.linear(x[0], w), lambda w: F.linear(x[:0], w, x[0]), lambda w: F.linear(x[None, None], w),
                          lambda w: F.embedding(torch.tensor([2]), w), lambda w: torch.embedding(w, torch.tensor([[0, 3]])), lambda w: F.linear(w, x)):
             assert_close(function(one), function(one.detach()), atol=1e-5, rtol=1e-5)
     for function, *arguments in [(torch.mv, x[0]), (torch.add, 1), (torch.mul, matrix)]:

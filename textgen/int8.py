@@ -78,7 +78,7 @@ def times(x: Tensor, weight: Int8Matrix, bias: Tensor | None = None, turned=Fals
     if isinstance(x, Int8Matrix) or not isinstance(weight, Int8Matrix) or weight.turned != turned:
         y = torch.matmul(in_floats(x), in_floats(weight) if turned else in_floats(weight).t())
     else:
-        y = weight.multiply(x.reshape(-1, x.shape[-1]), weight.numbers, weight.scale).view(*x.shape[:-1], -1)
+        y = weight.multiply(x.reshape(-1, x.shape[-1]), weight.numbers, weight.scale).view(*x.shape[:-1], len(weight.numbers))
     return y if bias is None else y + bias
 
 
@@ -90,6 +90,7 @@ def rows_of(ids: Tensor, weight: Int8Matrix, *rest, **others) -> Tensor:  # (...
 
 
 WAYS = {F.linear: times, torch.addmm: lambda bias, x, matrix: times(x, matrix, bias, turned=True),
+        Tensor.addmm_: lambda stream, x, matrix: stream.add_(times(x, matrix, turned=True)),
         Tensor.matmul: lambda x, matrix: times(x, matrix, turned=True),
         F.embedding: rows_of, torch.embedding: lambda weight, ids: rows_of(ids, weight)}
 
