@@ -369,7 +369,7 @@ def test_one_wait_a_step(model, monkeypatch):
 
 def test_finished_rows_cost_nothing(model, monkeypatch):
     sizes = []
-    monkeypatch.setattr("textgen.slots.decode_one", lambda *args: (sizes.append(len(args[2])), decode_one(*args))[1])
+    monkeypatch.setattr("textgen.slots.decode_one", lambda *args: (sizes.append(len(args[1])), decode_one(*args))[1])
     config = GenerationConfig(max_new_tokens=30, overflow="stop")
     list(write(made(model.decoder, False), [[1] * n for n in (10, 12, 15, 16)], range(4), config))
     assert max(sizes) == 2 and sum(sizes) == 5 + 3  # the rows have room for 6, 4, 1 and 0 tokens; the first come from the prefill

@@ -146,7 +146,7 @@ def test_a_stop_string_frees_a_seat(gpt, monkeypatch):
     full = gpt.generate(["ab", "c", "fed"], seed=3, max_new_tokens=40)
     stop = full[0].text[10:13]
     sizes = []
-    monkeypatch.setattr(slots, "decode_one", lambda *args: (sizes.append(len(args[2])), decode_one(*args))[1])
+    monkeypatch.setattr(slots, "decode_one", lambda *args: (sizes.append(len(args[1])), decode_one(*args))[1])
     cut = gpt.generate(["ab", "c", "fed"], seed=3, max_new_tokens=40, stop=stop)
     for whole, short in zip(full, cut):
         at = whole.text.find(stop)

@@ -133,18 +133,20 @@ def process(
 # %% ../nbs/06b_choosing.ipynb #b710b843
 def choose(
     logits: Tensor,  # (B, V) as the model gives them
-    u: Tensor,  # (B,) uniforms in [0, 1), each from its own row's stream
+    u: Tensor | None,  # (B,) uniforms in [0, 1), each from its own row's stream; None will do where all are greedy
     settings: Settings,
     history: History | None = None,  # of the same rows; needed where `settings.looks_back`
 ) -> Tensor:  # (B,) token ids; -1 for a row whose logits are broken (NaN, infinity)
     "The next token of each row, without waiting for the device."
-    kept, best = process(logits, settings, history), logits.amax(-1)  # NaN, where there is one, counts as the largest
+    kept, best = process(logits, settings, history), None
     if settings.all_greedy:
-        ids = kept.max(-1).indices  # the first of equals
+        best, ids = kept.max(-1)  # the first of equals
     else:
         ids = sample(kept, u, settings.temperature, settings.top_k, settings.top_p, settings.min_p,
                      settings.largest_k, settings.every_k, settings.greedy)
-    return ids.masked_fill(best - best != 0, -1)  # infinity - infinity is NaN, and NaN is not 0
+    if best is None or kept is not logits:
+        best = logits.amax(-1)  # NaN, where there is one, counts as the largest
+    return ids.masked_fill((best - best).isnan(), -1)  # as is infinity - infinity
 
 # %% ../nbs/06b_choosing.ipynb #196b6ea3
 def logprobs(

@@ -38,9 +38,10 @@ class Company:
     "Requests that are written together, and what a step must know of them all."
     AHEAD = 64  # steps whose uniforms are on the device
 
-    def __init__(self, requests: list[Request], vocab: int, device: torch.device):
-        self.requests, self.vocab, self.device, self.used = requests, vocab, device, 0
-        self.starts = on_device([r.read for r in requests], torch.int64, device)  # (B,) where the newest token stands
+    def __init__(self, requests: list[Request], vocab: int, newest: Tensor):
+        self.requests, self.vocab, self.device, self.used = requests, vocab, newest.device, 0
+        self.newest = newest[:, None]  # (B, 1) tokens, in the memory of `newest` (B,)
+        self.starts = on_device([r.read for r in requests], torch.int64, self.device)  # (B,) where those stand
         self.u = torch.zeros(0, len(requests))  # (steps, B) uniforms, of which so many are used
         self.logprobs = max((r.config.logprobs for r in requests if r.config.logprobs is not None), default=None)
         self.looks_back = any(r.looks_back for r in requests)
@@ -51,8 +52,6 @@ class Company:
         if self.used + count > len(self.u):
             rows = [ahead(r, max(count, self.AHEAD)) for r in self.requests]
             self.u, self.used = on_device(np.stack(rows, axis=1), torch.float32, self.device), 0
-        for request in self.requests:
-            request.steps += count
         self.used += count
         return self.u[self.used - count : self.used]
 
@@ -209,7 +208,7 @@ def gather(engine: Engine) -> Company:
     "The writers."
     if engine.company is None:
         writers = engine.seats.requests[: engine.seats.writing]
-        engine.company = Company(writers, engine.vocab, engine.slots.device)
+        engine.company = Company(writers, engine.vocab, engine.ids[: len(writers)])
     return engine.company
 
 
@@ -217,20 +216,22 @@ def launch(
     engine: Engine,
     logits: Tensor,  # (B, V)
     company: Company,  # of these rows
-    first: int = 0,  # the slot of the first of them
 ):
     "Choose the next token of each row, and let those leave who have all they asked for."
-    kept, history = logits[:, : engine.vocab], engine.history
+    history, kept = engine.history, logits if logits.shape[1] == engine.vocab else logits[:, : engine.vocab]
     if company.looks_back:
         longest = max(len(r.ids) + r.steps - r.written for r in company.requests)
         history.ids = F.pad(history.ids, (0, longest)) if longest >= history.ids.shape[1] else history.ids
     possible = masked(kept, company.requests) if company.constrained else kept
-    ids = engine.slots.choose(possible, company.draw(1)[0], company.settings, history)  # (B,)
+    u = None if company.settings.all_greedy else company.draw(1)[0]
+    ids = engine.slots.choose(possible, u, company.settings, history)  # (B,)
     if company.looks_back:
         history.accept(ids)
-    engine.ids[first : first + len(ids)] = ids.clamp(min=0)
+    torch.clamp(ids.unsqueeze(1), min=0, out=company.newest)
+    for request in company.requests:
+        request.steps += 1
     extra = () if company.logprobs is None else logprobs(kept, ids, company.logprobs)
-    engine.flying.append(Flight(company.requests, ids[None], *extra))
+    engine.flying.append(Flight(company.requests, ids.unsqueeze(0), *extra))
     retire(engine, company)
 
 # %% ../nbs/07_engine.ipynb #9b6d2d1a
@@ -321,7 +322,7 @@ def read_newest(engine: Engine) -> Tensor | None:  # (B, V) logits of the writer
     for request in company.requests:
         request.read += 1
     ends = [request.read for request in company.requests]
-    logits = engine.slots.decode(engine.ids[: len(ends), None], company.starts, ends)[:, 0]
+    logits = engine.slots.decode(company.newest, company.starts, ends).squeeze(1)
     company.starts += 1
     return logits
 
@@ -358,7 +359,7 @@ def write_several(engine: Engine):
     engine.ids[:B] = ids[-1].clamp(min=0)
     company.starts += count
     for request in company.requests:
-        request.read += count
+        request.read, request.steps = request.read + count, request.steps + count
     engine.flying.append(Flight(company.requests, ids))
     retire(engine, company)
 
@@ -372,8 +373,8 @@ def advance(engine: Engine):
         write_several(engine)
         old = engine.seats.writing
         if (logits := read_prompts(engine)) is not None:
-            new = Company(engine.seats.requests[old : engine.seats.writing], engine.vocab, engine.slots.device)
-            launch(engine, logits, new, old)
+            new = engine.seats.requests[old : engine.seats.writing]
+            launch(engine, logits, Company(new, engine.vocab, engine.ids[old : engine.seats.writing]))
     else:
         parts = [x for x in (read_newest(engine), read_prompts(engine)) if x is not None]
         if parts:

@@ -91,7 +91,7 @@ def replay_step(
     slots.starts[:B].copy_(starts)
     if (B, upto) not in slots.steps:
         caches = slots.part(0, B)
-        work = lambda: decode_one(slots.decoder, slots.blocks, slots.ids[:B], caches, slots.starts[:B, None], upto)
+        work = lambda: decode_one(slots.flat, slots.ids[:B], caches, slots.starts[:B, None], upto)
         with evaluating(slots.decoder):
             slots.steps[B, upto] = Replay(work, slots.device, slots.pools[0])
     return slots.steps[B, upto]()[:, None]
@@ -112,7 +112,7 @@ def tensors_of(settings: Settings) -> dict[str, Tensor]:
 def replay_choice(
     slots: GraphSlots,
     logits: Tensor,  # (B, V)
-    u: Tensor,  # (B,) uniforms
+    u: Tensor | None,  # (B,) uniforms; None where all are greedy
     settings: Settings,
     history=None,  # a History, where some row looks back
 ) -> Tensor:  # (B,) token ids, until the next choice of this kind
@@ -122,7 +122,7 @@ def replay_choice(
     key = logits.shape, logits.dtype, kind_of(settings)
     if key not in slots.choices:
         own = replace(settings, **{name: x.clone() for name, x in tensors_of(settings).items()})
-        scores, dice = logits.clone(), u.clone()
+        scores, dice = logits.clone(), logits.new_zeros(len(logits), dtype=torch.float32)
         recording = Replay(lambda: choose(scores, dice, own), slots.device, slots.pools[1])
         slots.choices[key] = [settings, own, scores, dice, recording]
     last, own, scores, dice, replay = slots.choices[key]
@@ -131,5 +131,6 @@ def replay_choice(
             getattr(own, name).copy_(x)
         slots.choices[key][0] = settings
     scores.copy_(logits)
-    dice.copy_(u)
+    if u is not None:
+        dice.copy_(u)
     return replay().clone()
