@@ -78,7 +78,8 @@ def times(x: Tensor, weight: Int8Matrix, bias: Tensor | None = None, turned=Fals
     if isinstance(x, Int8Matrix) or not isinstance(weight, Int8Matrix) or weight.turned != turned:
         y = torch.matmul(in_floats(x), in_floats(weight) if turned else in_floats(weight).t())
     else:
-        y = weight.multiply(x.reshape(-1, x.shape[-1]), weight.numbers, weight.scale).view(*x.shape[:-1], len(weight.numbers))
+        rows = x.reshape(-1, x.shape[-1])  # (R, I)
+        y = weight.multiply(rows, weight.numbers, weight.scale).view(*x.shape[:-1], len(weight.numbers))
     return y if bias is None else y + bias
 
 
