@@ -404,7 +404,7 @@ def generate(
     only: Annotated[str | None, Option(metavar="NAMES", help=f"Parts of it: {', '.join(PARTS)}.")] = None,
     quick: Annotated[bool, Option("--quick", help="One text of the tiny model, two rounds.")] = False,
     slow: Annotated[bool, Option("--slow", help="With transformers compiled, which takes minutes.")] = False,
-    output: Annotated[Path, Option(metavar="NAME", help="For NAME.json and NAME.png (the plot).")] = Path("benchmark"),
+    output: Annotated[Path, Option(metavar="NAME[.json]", help="Also the plot, NAME.png.")] = Path("benchmark.json"),
 ):
     """Measure how fast text comes, beside other libraries.
 

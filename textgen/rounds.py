@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import statistics
 import tempfile
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -48,7 +48,8 @@ class Memory:
         from textgen.kernels import Arena, build
 
         self.threads, self.by = threads, "torch.sum"
-        self.numbers, self.least = torch.ones(int(size) // 4, device=device), 2**26 if device == "cpu" else 2**34
+        self.numbers = torch.ones(int(size) // 4, device=device)
+        self.least = 2**26 if device == "cpu" else 2**34  # bytes of a reading, all its passes together
         with contextlib.suppress(TextgenError):  # no compiler, or none that works
             if device == "cpu":
                 self.loop, self.by, self.arena = build([READ_ALL]).read_all, "C", Arena(int(size))
@@ -63,12 +64,9 @@ class Memory:
 
     def speed(self, size: float) -> float:
         "How fast so many bytes are read again and again, in GB/s: the best of five."
-        passes, taken = max(1, self.least // int(size)), []
-        for _ in range(5):
-            start = time.perf_counter()
-            self.once(int(size), passes)
-            taken.append(time.perf_counter() - start)
-        return passes * size / min(taken) / 1e9
+        passes = max(1, self.least // int(size))
+        seconds = min(timeit.repeat(lambda: self.once(int(size), passes), repeat=5, number=1))
+        return passes * size / seconds / 1e9
 
 # %% ../nbs/14d_rounds.ipynb #ecf31e75
 def weights_read(
