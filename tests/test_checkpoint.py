@@ -210,6 +210,11 @@ def test_tensors_that_do_not_fit(copy):
     retold(place, whole, **{up: whole[up].long()}); told(place, SINGLE, f"tensor {up} is of type I64")
     retold(place, whole, **{up: whole[up].to(torch.float8_e4m3fn)}); told(place, SINGLE, f"tensor {up} is of type F8_E4M3")
     retold(place, whole, **{"score.weight": torch.ones(2)}); told(place, SINGLE, "score.weight has no place")
+    for wrong in (torch.nan, torch.inf, -torch.inf):
+        retold(place, whole, **{up: whole[up].clone().index_fill_(1, torch.tensor([3]), wrong)})
+        told(place, SINGLE, f"tensor {up} holds NaN or infinity as float32")
+    retold(place, whole, **{up: whole[up] + 1e5})
+    with pytest.raises(UsageError, match=f"tensor {up} holds NaN or infinity as float16"): read_checkpoint(place, "float16")
     retold(place, whole, **{down.removeprefix("model."): whole[down].clone()}); told(place, SINGLE, f"tensor {down} is there twice")
     retold(place, whole, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
     read_checkpoint(place)
@@ -471,6 +476,7 @@ def test_gguf_finds_the_rule_of_llama3(tmp_path):
     (lambda s, t: t.pop("blk.1.ffn_up.weight"), "tensor blk.1.ffn_up.weight is missing"), (lambda s, t: s.update(block_count=10**6), "tensor blk.2."),
     (lambda s, t: t.update({"blk.0.ffn_up.weight": t["blk.0.ffn_up.weight"][:5]}), "tensor blk.0.ffn_up.weight has the shape (5, 32)"),
     (lambda s, t: t.update({"blk.0.attn_q.bias": t["output_norm.weight"]}), "tensor blk.0.attn_q.bias has no place"),
+    (lambda s, t: t["blk.0.ffn_up.weight"].fill(torch.nan), "tensor blk.0.ffn_up.weight holds NaN or infinity as float32"),
     (lambda s, t: s.update({"attention.head_count": 5}), "5 heads of queries cannot share 4"), (lambda s, t: s.update(expert_count=8), "llama.expert_count is 8"),
     (lambda s, t: s.update({"rope.dimension_count": 4}), "llama.rope.dimension_count is 4")], ids=lambda value: value if isinstance(value, str) else "")
 def test_gguf_that_does_not_fit(change, part, tmp_path):

@@ -143,9 +143,10 @@ def test_generate(work, tmp_path):
     assert first.stdout == text + "\n" * (not text.endswith("\n"))
     assert "".join(piece.text for piece in model.stream("The fox", **settings)) == text.removeprefix("The fox")
     for more in ("--lookup", "--draft-model runs/fox"): assert textgen(f"{line} --seed {seed} {more}", work).stdout == first.stdout
-    several = textgen(f"{line} --seed {seed} --n 2", work).stdout
+    several = textgen(f"{line} --seed {seed} --n 2", work)
     texts = ["The fox" + one.text for one in model.generate("The fox", n=2, **settings)]
-    assert several == "\n".join(f"[{i}]\n" + one.removesuffix("\n") + "\n" for i, one in enumerate(texts, 1))
+    assert several.stdout == "\n".join(f"[{i}]\n" + one.removesuffix("\n") + "\n" for i, one in enumerate(texts, 1))
+    assert several.stderr == f"seed {', '.join(str(one.seed) for one in model.generate('The fox', n=2, **settings))}\n"
 
 
 def test_broken_pipe_is_quiet(work):
@@ -210,7 +211,8 @@ def test_wrong_recipe(line, parts, tmp_path):
     (["--prompt", "The", "--max-new-tokens", "-3"], ["max_new_tokens", "-3"]),
     (["--prompt", "The", "--temperature", "warm"], ["--temperature", "textgen generate --help"]),
     (["--prompt", "The", "--output", "runs"], ["runs", "name a file in it"]),
-], ids=["unseen", "long", "overflow", "empty", "negative", "word", "folder"])
+    (["--prompt", "The", "--regex", "[a"], ["regex '[a'", "unclosed character class"]),
+], ids=["unseen", "long", "overflow", "empty", "negative", "word", "folder", "regex"])
 def test_wrong_prompt(more, parts, work):
     done = textgen("generate --model runs/fox", work, more=more)
     refused(done, *parts)
@@ -237,6 +239,12 @@ def test_run_lacks_a_file(name, run):
     (run/name).unlink()
     if name == "config.json": (run/"config.yaml").unlink()
     refused(textgen("generate --prompt The --model", run.parent, more=[run]), name)
+
+
+def test_run_of_another_architecture(run):
+    config = json.loads((run/"config.json").read_text())
+    (run/"config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    refused(textgen("generate --prompt The --model", run.parent, more=[run]), "no model of type 'mamba'", "gpt2, llama")
 
 
 def test_a_draft_model_of_other_tokens(work, tmp_path):
@@ -308,10 +316,10 @@ def test_interrupt_saves_and_goes_on(work, tmp_path):
 
 
 def test_interrupt_elsewhere_is_one_line(work):
-    "While it writes there is nothing to save."
+    "While it writes there is nothing to save; what was written stays, and the message has a line of its own."
     process = subprocess.Popen([*PROGRAM, "generate", "--model", "runs/fox", "--prompt", "The", "--max-new-tokens", "1000000"], cwd=work,
                                env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.read(20).startswith("The")
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (130, "interrupted\n")
+    text, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, "interrupted\n") and text.endswith("\n")

@@ -297,6 +297,13 @@ def test_which_layer_broke(model, compiled):
     with pytest.raises(TextgenError, match="at new token 1 of row 0: .* first in block 1 .of 0 to 1"): made(decoder, compiled).generate("ab")
 
 
+def test_which_layer_broke_where_attention_hides_it(model):
+    "PyTorch's attention gives 0 for keys that are NaN, the compiled step NaN: the layer is found all the same."
+    decoder = copy.deepcopy(model.decoder)
+    with torch.no_grad(): decoder.transformer.h[0].attn.c_attn.weight[32:64] = math.nan
+    with pytest.raises(TextgenError, match="first in block 0"): made(decoder, True).generate("ab")
+
+
 def test_a_row_is_the_same_in_any_company(model):
     rng, settings = np.random.default_rng(1), dict(max_new_tokens=50, stop_token_ids=(3, 4), top_p=0.9)
     texts = ["".join(rng.choice(list("abcdefgh ."), rng.integers(1, L + 1))) for _ in range(12)]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAME', 'SIZES', 'GPT2', 'LLAMA', 'FIELDS', 'OWN', 'FAMILIES', 'Family', 'obstacles', 'family_of', 'hf_config',
            'read_config', 'read_rotation', 'as_stored', 'Undrawn', 'blank', 'expected_tensors', 'table_name',
-           'check_tensors', 'read_checkpoint', 'write_checkpoint']
+           'check_tensors', 'check_numbers', 'read_checkpoint', 'write_checkpoint']
 
 # %% ../nbs/05c_checkpoint.ipynb #4179fa4f
 import re
@@ -263,6 +263,16 @@ def check_tensors(
             raise UsageError(f"{found[name].path}: tensor {name} has no place in this decoder; {mend}")
     return found
 
+# %% ../nbs/05c_checkpoint.ipynb #0d3975e6
+def check_numbers(
+    tensor: Tensor,
+    what: str,  # it is, for the error
+):
+    "Refuse NaN and infinity; raises UsageError."
+    if tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
+        raise UsageError(f"{what} holds NaN or infinity as {str(tensor.dtype).removeprefix('torch.')}; "
+                         "its training diverged, or the numbers need another dtype")
+
 # %% ../nbs/05c_checkpoint.ipynb #8a688c09
 def read_checkpoint(
     directory,  # in Hugging Face's layout
@@ -279,6 +289,7 @@ def read_checkpoint(
             tensors[name] = torch.empty_like(tensor, dtype=kind, device="cpu")
             for stored, view in as_stored(name, tensors[name], config, family).items():
                 view.copy_(read(found[stored]))
+                check_numbers(view, f"{found[stored].path}: tensor {stored}")
     decoder.load_state_dict(tensors, assign=True)
     return decoder.to(kind).eval()  # what is computed, not stored, is of that type too
 

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['app', 'SETTINGS', 'Commands', 'program', 'complaint', 'main', 'read_changes', 'glance', 'headline', 'report',
            'suggestions', 'changed', 'begin', 'train', 'read_prompt', 'likelihoods', 'written', 'deliver', 'open_model',
-           'with_settings', 'guessing', 'typed', 'generate']
+           'with_settings', 'guessing', 'typed', 'seeds', 'generate']
 
 # %% ../nbs/14_cli.ipynb #97529a03
 import contextlib
 import importlib.resources
 import inspect
+import itertools
 import json
 import math
 import os
@@ -260,12 +261,13 @@ def written(
 ) -> Iterator[str]:  # pieces of what to show
     "Prompt and continuation, piece by piece; of several, one after the other; raises UsageError before the first."
     if settings.get("n", 1) == 1:
-        stream, last, seen = generator.stream(prompt, **settings), prompt, []
+        stream = generator.stream(prompt, **settings)
+        first, seen = [*itertools.islice(stream, 1)], []  # what is refused is refused before anything is shown
         yield prompt
-        for piece in stream:
-            seen, last = [*seen, piece], piece.text or last
+        for piece in itertools.chain(first, stream):
+            seen.append(piece)
             yield piece.text
-        yield "" if last.endswith("\n") else "\n"
+        yield "" if "".join([prompt, *(piece.text for piece in seen)]).endswith("\n") else "\n"
     else:
         seen = generator.generate(prompt, **settings)
         texts = [prompt + generation.text for generation in seen]
@@ -279,8 +281,14 @@ def deliver(parts: Iterator[str], output: Path | None) -> str:  # what became of
     from textgen.core import UsageError, atomic_path
 
     if output is None:
-        for part in parts:
-            typer.echo(part, nl=False)
+        end = "\n"
+        try:
+            for part in parts:
+                typer.echo(part, nl=False)
+                end = part or end
+        except (Exception, KeyboardInterrupt):
+            typer.echo("" if end.endswith("\n") else "\n", nl=False)  # what is said next has a line of its own
+            raise
         return ""
     if output.is_dir():
         raise UsageError(f"--output {output} is a folder; name a file in it")
@@ -368,6 +376,13 @@ def typed(
             raise UsageError(f"--json-schema {path}: not JSON ({error}); mend the file") from None
     return given
 
+
+def seeds(settings: dict) -> str:
+    "The seed of each continuation: alone it gives that one again."
+    from textgen.core import derive_seed
+
+    return ", ".join(str(derive_seed(settings["seed"], sample)) for sample in range(settings.get("n", 1)))
+
 # %% ../nbs/14_cli.ipynb #91f47ae7
 @app.command()
 @with_settings
@@ -395,4 +410,4 @@ def generate(
     if lookup or draft_model is not None:
         guessing(generator, lookup, draft_model, **options)
     done = deliver(written(generator, read_prompt(prompt), settings), output)
-    typer.echo(f"{done}seed {settings['seed']}", err=True)
+    typer.echo(f"{done}seed {seeds(settings)}", err=True)

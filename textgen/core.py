@@ -243,7 +243,8 @@ def load(
     try:
         generator = resolve("generators", MODEL_TYPES.get(kind, kind))
     except UsageError:
-        raise UsageError(f"{path}: no model of type {kind!r} is known here; {suggest(kind, MODEL_TYPES)}") from None
+        known = ", ".join(sorted(MODEL_TYPES))
+        raise UsageError(f"{path}: no model of type {kind!r} is known here, only {known}") from None
     return generator.load(path, **options)
 
 

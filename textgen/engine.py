@@ -418,6 +418,6 @@ def broken_layer(engine: Engine, request: Request) -> str:
     if bad(x):
         return f"{said}, first in the embeddings"
     for number, block in enumerate(model.h):
-        if bad(x := block(x, rotate=rotate)):
+        if bad(block.attn.c_attn(block.ln_1(x))) or bad(x := block(x, rotate=rotate)):  # attention may pass over a NaN
             return f"{said}, first in block {number} (of 0 to {len(model.h) - 1})"
     return f"{said}, first in the last norm or the head"

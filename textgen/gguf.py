@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .checkpoint import Family, as_stored, blank, expected_tensors, read_checkpoint
+from .checkpoint import Family, as_stored, blank, check_numbers, expected_tensors, read_checkpoint
 from .core import TextgenError, UsageError, parse
 from .decoder import Decoder, DecoderConfig
 from .rotary import frequencies, read_scaling
@@ -157,6 +157,7 @@ def gguf_decoder(
         tensors[name] = torch.empty_like(tensor, dtype=kind, device="cpu")
         for stored, view in as_stored(name, tensors[name], config, family).items():
             view.copy_(torch.from_numpy(_unpacked(found.pop(stored), config, path)))
+            check_numbers(view, f"{path}: tensor {stored}")
     if surplus := sorted(found.keys() - {"rope_freqs.weight"}):
         raise UsageError(f"{path}: tensor {surplus[0]} has no place in this decoder")
     decoder.load_state_dict(tensors, assign=True)
