@@ -373,6 +373,18 @@ def test_broken_rows_are_told(V):
     assert torch.equal(ids[fine], together(logits[fine], u[fine], [rows[i] for i in fine]))
 
 
+def test_a_greedy_choice_needs_no_uniforms():
+    logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    logits[1, 4], logits[2, 3], logits[3], logits[4, 0] = math.nan, INF, -INF, -INF
+    for more in ({}, {"logit_bias": {2: 9.0}}, {"no_repeat_ngram_size": 1}):  # the last rules out what row 2 is broken by
+        history, config = History(6, 2, "cpu"), GenerationConfig(temperature=0, **more)
+        for slot in range(6): history.start(slot, [3], count=1)
+        same = settings_of([config] * 6, 9, [set()] * 6, "cpu")
+        kept = process(logits, same, history)
+        expected = [-1 if i in (1, 2, 3) else int(kept[i].argmax()) for i in range(6)]
+        assert choose(logits, None, same, history).tolist() == choose(logits, torch.rand(6), same, history).tolist() == expected
+
+
 def test_no_global_random_state():
     logits, u, rows = some_rows(3, 12, 300)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), logits.clone()

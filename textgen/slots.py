@@ -79,7 +79,8 @@ class Flat:
     def __init__(self, decoder: Decoder):
         c, model = decoder.config, decoder.transformer
         self.heads, (self.norm, self.linear, self.add, self.activate) = (c.n_head, *c.kv_shape), operations(c)
-        self.wte, self.wpe, self.cos, self.sin = bare(model.wte), bare(getattr(model, "wpe", None)), model.cos, model.sin
+        self.wte, self.wpe = bare(model.wte), bare(getattr(model, "wpe", None))
+        self.cos, self.sin = model.cos, model.sin
         self.counting = torch.arange(c.n_positions, device=model.wte.weight.device)  # 0, 1, 2, ...
         parts = lambda b: (b.ln_1, b.attn.c_attn, b.attn.c_proj, b.ln_2, b.mlp.c_fc, b.mlp.c_proj)
         turned = lambda x: x.t() if x is not None and x.dim() == 2 else x  # matrices as (in, out)
