@@ -145,7 +145,7 @@ def workload_table(
     table = Table("workload", "against", "", title="workloads", title_justify="left")
     for row, entry in entries.items():
         for key in entry["rounds"]:
-            table.add_row(row, key, shown(entry[key], wanted.get(f"workloads: {row}, {key}")))
+            table.add_row(row, key, shown(entry.get(key), wanted.get(f"workloads: {row}, {key}")))
         for said in remarks(entry):
             table.add_row(row, escape(said))
     return table

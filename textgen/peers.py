@@ -269,7 +269,7 @@ class Contestant:
         return self.open is open_textgen
 
 # %% ../nbs/14c_peers.ipynb #492da4ca
-CONTESTANTS = [  # each margin is about twice what a logit was ever off by, with GPT-2's shape
+CONTESTANTS = [  # the wider margins are twice what was seen of a logit's error, with GPT-2's shape
     Contestant("transformers", open_transformers),
     *(Contestant(f"CTranslate2 {kind}", open_ctranslate2, kind, threaded=True) for kind in ("float32", "int8")),
     Contestant("llama.cpp float32", open_llama, threaded=True, margin=0.04, coarse="keys, values and GELU"),
