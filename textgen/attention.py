@@ -95,8 +95,8 @@ class KVCache:
         device=None,  # the layer's
         dtype=None,  # of the layer's keys and values
     ):
-        self.k = torch.zeros(batch, heads, length, head_size, device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
+        self.both = torch.zeros(batch, 2 * heads, length, head_size, device=device, dtype=dtype)
+        self.k, self.v = self.both[:, :heads], self.both[:, heads:]  # two halves of one memory
 
     def update(self, k, v, positions=None, upto=None):
         "Write k, v (B, H, T, D) at `positions` (B, T), or at upto-T to upto; return slots 0 to `upto`."

@@ -127,13 +127,13 @@ def decode_one(
     x, turn = look_up_one(flat, ids, positions, upto)  # (B, C)
     mask = visible(1, upto, positions)  # (B, 1, 1, upto), or None: every slot is seen
     at = flat.counting[upto - 1] if positions is None else positions.view(B, 1, 1, 1)
-    at = at.expand(B, G, 1, D)  # where this token's keys and values go
+    at = at.expand(B, 2 * G, 1, D)  # where this token's keys and values go
     for (g1, b1, qkv, b_qkv, out, b_out, g2, b2, up, b_up, down, b_down), cache in zip(flat.blocks, caches):
         heads = linear(norm(x, g1, b1), qkv, b_qkv).view(B, -1, 1, D)  # (B, H+2G, 1, D)
-        q, k, v = torch.split_with_sizes(heads, (H, G, G), 1)
-        q, k = (turn(q), turn(k)) if turn else (q, k)
-        k = cache.k.scatter_(2, at, k).narrow(2, 0, upto)  # (B, G, upto, D)
-        v = cache.v.scatter_(2, at, v).narrow(2, 0, upto)
+        if turn:
+            heads[:, : H + G] = turn(heads[:, : H + G])
+        q, new = torch.split_with_sizes(heads, (H, 2 * G), 1)
+        k, v = cache.both.scatter_(2, at, new).narrow(2, 0, upto).chunk(2, 1)  # (B, G, upto, D)
         y = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=G < H)  # (B, H, 1, D)
         x = add(x, y.view(B, -1), out, b_out)
         x = add(x, activate(linear(norm(x, g2, b2), up, b_up)), down, b_down)  # (B, C)
@@ -207,7 +207,8 @@ class Slots:
         "Some slots of every layer's cache."
         views = [copy.copy(cache) for cache in self.caches]
         for view in views:
-            view.k, view.v = view.k[first:end], view.v[first:end]
+            view.both = view.both[first:end]
+            view.k, view.v = view.both.chunk(2, 1)
         return views
 
     copy = lambda self, source, target, upto: copy_slot(self, source, target, upto)
@@ -217,14 +218,13 @@ class Slots:
 def copy_slot(slots: Slots, source: int, target: int, upto: int):
     "Copy the first positions of a slot to another one."
     for cache in slots.caches:
-        cache.k[target, :, :upto] = cache.k[source, :, :upto]
-        cache.v[target, :, :upto] = cache.v[source, :, :upto]
+        cache.both[target, :, :upto] = cache.both[source, :, :upto]
 
 
 def clear_slot(slots: Slots, slot: int, begin: int):
     "Forget what a slot holds from a position on: NaN must not stay there, for 0 times NaN is NaN."
     for cache in slots.caches:
-        cache.k[slot, :, begin:], cache.v[slot, :, begin:] = 0, 0
+        cache.both[slot, :, begin:] = 0
 
 # %% ../nbs/06c_slots.ipynb #e2fe20c2
 @torch.inference_mode()
