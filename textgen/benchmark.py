@@ -10,10 +10,13 @@ __all__ = ['TARGETS', 'AT_MOST', 'COLUMNS', 'COLOURS', 'app', 'PARTS', 'why_not'
 
 # %% ../nbs/14f_benchmark.ipynb #bde7c06f
 import contextlib
+import itertools
 import json
 import os
 import platform
+import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -285,14 +288,21 @@ def check_same(results: dict):
 # %% ../nbs/14f_benchmark.ipynb #3b62247c
 @contextlib.contextmanager
 def progress(total: int):  # tell(name), to be called after each of so many turns
-    "A bar on standard error, where that is a terminal."
+    "A bar on standard error; where that is no terminal, a line every half minute."
     from rich.console import Console
     from rich.progress import Progress
 
-    console = Console(stderr=True)
+    console, turns, said = Console(stderr=True), itertools.count(1), [time.monotonic()]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("opening", total=total)
-        yield lambda name: bar.update(task, advance=1, description=name)
+
+        def tell(name):
+            bar.update(task, advance=1, description=name)
+            turn, now = next(turns), time.monotonic()
+            if not console.is_terminal and now > said[-1] + 30:
+                said.append(now)
+                console.print(f"turn {turn} of {total}: {name}", highlight=False)
+        yield tell
 
 
 def run_parts(plans: list[Plan], workloads: list[str], model: str, rounds: int, results: dict):
@@ -386,11 +396,13 @@ def run(
     files, results = files_for(output), {"machine": machine(plan.threads)}
     plans, workloads = plans_for(parts, plan), [part for part in parts if part in WORKLOADS]
     model = "gpt2" if "gpt2" in plan.models else plan.models[0]
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as ctrl-C: figures are kept
     try:
         run_parts(plans, workloads, model, plan.rounds, results)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     finally:
+        signal.signal(signal.SIGTERM, before)
         report(plans, results, *files)
     check_same(results)
 
