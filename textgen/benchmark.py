@@ -10,7 +10,6 @@ __all__ = ['TARGETS', 'AT_MOST', 'COLUMNS', 'COLOURS', 'app', 'PARTS', 'why_not'
 
 # %% ../nbs/14f_benchmark.ipynb #bde7c06f
 import contextlib
-import itertools
 import json
 import os
 import platform
@@ -292,16 +291,16 @@ def progress(total: int):  # tell(name), to be called after each of so many turn
     from rich.console import Console
     from rich.progress import Progress
 
-    console, turns, said = Console(stderr=True), itertools.count(1), [time.monotonic()]
+    console, said = Console(stderr=True), time.monotonic()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("opening", total=total)
 
         def tell(name):
+            nonlocal said
             bar.update(task, advance=1, description=name)
-            turn, now = next(turns), time.monotonic()
-            if not console.is_terminal and now > said[-1] + 30:
-                said.append(now)
-                console.print(f"turn {turn} of {total}: {name}", highlight=False)
+            if not console.is_terminal and time.monotonic() > said + 30:
+                said = time.monotonic()
+                console.print(f"turn {bar.tasks[task].completed:g} of {total}: {name}", highlight=False)
         yield tell
 
 

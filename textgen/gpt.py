@@ -90,9 +90,10 @@ def slots_for(
     device = decoder.transformer.wte.weight.device
     rows = min(rows, 16 if device.type == "cpu" else 64)
     if device.type == "cpu" and model.compile:
-        ready = lambda: model.packed is not None and model.packed[0] == state_of(decoder)
         wanted = model.compile is True or model.weights == "int8"
-        wanted = wanted or worth_compiling(decoder, tokens, library_path(PARTS).is_file(), ready())
+        if not wanted:
+            ready = model.packed is not None and model.packed[0] == state_of(decoder)
+            wanted = worth_compiling(decoder, tokens, library_path(PARTS).is_file(), ready)
         if wanted and (packed := packed_decoder(model)):
             return NativeSlots(packed, rows, length)
     if device.type == "cuda" and model.compile:

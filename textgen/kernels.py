@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'FLAGS', 'WHOLE', 'TYPES', 'compiler', 'cache_folder', 'processor', 'version', 'library_path', 'compiled',
-           'opened', 'build', 'Arena', 'Matrix', 'up', 'packed_vector', 'pack', 'address', 'in_c', 'linear']
+           'opened', 'build', 'Arena', 'to_int8', 'Matrix', 'up', 'packed_vector', 'pack', 'address', 'in_c', 'linear']
 
 # %% ../nbs/06d_kernels.ipynb #fd8d741e
 import contextlib
@@ -16,7 +16,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import warnings
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -288,9 +287,7 @@ class Arena:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):
                 self.memory.madvise(mmap.MADV_HUGEPAGE)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
+        self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
         self.used = -self.bytes.data_ptr() % 2**21
 
     def put(self, tensor: Tensor) -> int:  # its address from now on
@@ -300,6 +297,12 @@ class Arena:
         place.copy_(tensor)
         self.used = end + -end % 64
         return place.data_ptr()
+
+# %% ../nbs/06d_kernels.ipynb #2d21a407
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:  # (O, I) floats to (O, I) int8, and (O,) float32 scales
+    "Whole numbers from -127 to 127, and what one of them is worth in each row (Dettmers et al. 2022)."
+    scale = (weight := weight.detach().float()).abs().amax(1).clamp(min=1e-30) / 127  # (O,); zeros have one, too
+    return (weight / scale[:, None]).round().to(torch.int8).contiguous(), scale
 
 # %% ../nbs/06d_kernels.ipynb #467b8e88
 class Matrix(ctypes.Structure):
@@ -327,11 +330,10 @@ def pack(
     bias: Tensor | None = None,  # (O,)
     kind: str = "float32",  # what weights are kept as: "float32", "bfloat16" or "int8"
 ) -> Matrix:
-    "A matrix in blocks of 16 outputs, (O/16, I, 16); int8 with a scale for each output (Dettmers et al. 2022)."
+    "A matrix in blocks of 16 outputs, (O/16, I, 16); int8 with a scale for each output."
     (size, dtype), (O, I), scale, weight = TYPES[kind], weight.shape, None, weight.detach().float()
     if kind == "int8":
-        scale = weight.abs().amax(1).clamp(min=1e-30) / 127  # (O,)
-        weight = (weight / scale[:, None]).round()
+        weight, scale = to_int8(weight)
     each = 2 if scale is not None else 1  # inputs that lie together
     padded = F.pad(weight, (0, -I % each, 0, -O % 16)).to(dtype)
     blocks = padded.unflatten(1, (-1, each)).unflatten(0, (-1, 16)).transpose(1, 2)  # (O/16, I/each, 16, each)
