@@ -11,7 +11,8 @@ from textgen import benchmark, kernels
 from textgen.benchmark import AT_MOST, TARGETS, check_same, files_for, read_batches, read_names, tables, targets
 from textgen.core import TextgenError, UsageError
 from textgen.peers import BYTES, CONTESTANTS, SHAPES, Contestant, Lost, Runner, open_textgen, random_model
-from textgen.rounds import Memory, Plan, compare, difference, measure, middle_ratio, peer_of, weights_read
+from textgen.rounds import (Memory, Plan, compare, difference, measure, middle_ratio, peer_of, take_turn,
+                             weights_read)
 from textgen.workloads import WORKLOADS, measure_workloads
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,6 +100,18 @@ def test_one_lost_contestant_loses_nobody_else(folder):
     found["margin"] = found["gap"] + 1   # told apart by rounding, say
     check_same(results)
     assert "lies: other tokens in 2 of 2 texts" in next(tables(results)).caption
+
+
+def test_a_turn_is_as_many_texts_as_fill_its_time():
+    "0.1, 0.2 and 0.3 s for two texts of 4 tokens each; what takes longer than a turn is written once."
+    class Clock:
+        contestant = Contestant("theirs", None)
+        ask = lambda self, prompts, count, sampled: (next(self.seconds), [])
+
+    runner, entry = Clock(), {}
+    for runner.seconds in (iter([0.1, 0.2, 0.3]), iter([2])):
+        take_turn(runner, entry, [[1], [2]], Plan(count=4, least=0.5), lambda kind: 10.0)
+    assert entry == {"rounds tokens/s": [pytest.approx(24 / 0.6), 4], "read rounds GB/s": [10, 10]}
 
 
 def test_figures_are_medians_of_ratios_and_shares():

@@ -51,10 +51,12 @@ def packed_decoder(
     model,  # a GPT
 ) -> Packed | None:  # None where it cannot be compiled, which is said once
     "The model's weights for the compiled step, compiled first if need be."
-    state, start, built = state_of(model.decoder), time.perf_counter(), library_path(PARTS).is_file()
+    state = state_of(model.decoder)
+    if model.packed and model.packed[0] == state:
+        return model.packed[1]
+    start, built = time.perf_counter(), library_path(PARTS).is_file()
     try:
-        if model.packed is None or model.packed[0] != state:
-            model.packed = state, Packed(model.decoder, model.weights)
+        model.packed = state, Packed(model.decoder, model.weights)
     except TextgenError as error:  # no compiler, or none that works, or no place to keep what it made
         warnings.warn(f"text is written by PyTorch, more slowly, for {error}", stacklevel=2)
         model.compile = False

@@ -356,7 +356,7 @@ class NativeSlots:
         threads: int | None = None,  # None: as many as PyTorch uses
     ):
         self.packed, self.decoder, self.slots, self.length = packed, packed.decoder, slots, up(length)
-        self.several = max(1, min(16, round(2**25 / packed.bytes)))  # tokens in a call: about a millisecond's work
+        self.several = max(1, min(32, round(2**25 / packed.bytes)))  # tokens in a call: about a millisecond's work
         check_memory(packed.config, slots, self.length, self.device)
         self.threads = threads or torch.get_num_threads()
         (G, D), N, L = packed.config.kv_shape, packed.config.n_layer, self.length

@@ -109,6 +109,7 @@ class Plan:
     contestants: list[Contestant] = field(default_factory=lambda: CONTESTANTS)
     device: str = "cpu"
     limit: float = 600  # seconds that an answer may take
+    least: float = 0.5  # seconds of a turn: shorter texts are written again and again
 
     @property
     def titles(self) -> dict[str, tuple[str, int]]:
@@ -136,13 +137,15 @@ def warm_up(
     return rows
 
 
-def take_turn(runner: Runner, entry: dict, prompts, count: int, read: Callable):
+def take_turn(runner: Runner, entry: dict, prompts, plan: Plan, read: Callable):
     "One round: tokens in a second, and what memory gives, as `read` tells, before or after, whichever is more."
     kind = runner.contestant.weights
     took = {"read rounds GB/s": read(kind)}
     for key, sampled in [("rounds tokens/s", False), ("sampled rounds tokens/s", True)][: 1 + runner.contestant.ours]:
-        seconds, _ = runner.ask(prompts, count, sampled)
-        took[key] = len(prompts) * count / seconds
+        seconds = [runner.ask(prompts, plan.count, sampled)[0]]
+        while sum(seconds) < plan.least:
+            seconds.append(runner.ask(prompts, plan.count, sampled)[0])
+        took[key] = len(prompts) * plan.count * len(seconds) / sum(seconds)
     took["read rounds GB/s"] = max(took["read rounds GB/s"], read(kind))
     for key, value in took.items():
         entry.setdefault(key, []).append(value)
@@ -176,7 +179,7 @@ def race(
         if found := difference(decoder, prompts, rows, reference):
             one = runners[name].contestant
             entries[name]["differs"] = {**found, "margin": one.margin, "coarse": one.coarse}
-    act = lambda runner, entry: take_turn(runner, entry, prompts, plan.count, read)
+    act = lambda runner, entry: take_turn(runner, entry, prompts, plan, read)
     for _ in range(plan.rounds):
         for _ in turns(runners, entries, tell, act):
             pass
