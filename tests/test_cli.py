@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from textgen.cli import deliver, written
+from textgen.core import GenerationConfig
+from textgen.generator import Piece
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, "-c", "import sys; from textgen.cli import main; sys.exit(main())"]  # what the script `textgen` does
 FABLE = "The fox looked up at the grapes, and the grapes looked down at the fox.\n" * 40
@@ -322,4 +326,18 @@ def test_interrupt_elsewhere_is_one_line(work):
     assert process.stdout.read(20).startswith("The")
     process.send_signal(signal.SIGINT)
     text, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (130, "interrupted\n") and text.endswith("\n")
+    assert process.returncode == 130 and re.fullmatch(r"seed \d+\ninterrupted\n", error) and text.endswith("\n")
+
+
+def test_several_interrupted_show_what_there_is(capsys):
+    class Stopped:
+        tokenizer, defaults = None, GenerationConfig()
+        def stream(self, prompt, **settings):
+            yield Piece(1, " ran", [3])
+            yield Piece(0, " sat", [4])
+            yield Piece(1, " off", [5], "stop")
+            raise KeyboardInterrupt
+
+    parts = written(Stopped(), "It", {"n": 3, "seed": 1})
+    with pytest.raises(KeyboardInterrupt): deliver(parts, None, lambda: "1")
+    assert capsys.readouterr() == ("[1]\nIt sat\n\n[2]\nIt ran off\n\n[3]\nIt\n", "seed 1\n")

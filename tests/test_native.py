@@ -310,6 +310,16 @@ def test_no_compiler(place, monkeypatch):
     with pytest.raises(UsageError, match="no C compiler was found"): build(SMALL)
 
 
+def test_a_compiler_that_does_not_work_says_why(place, monkeypatch):
+    "As with a full disk: it is there, and must not be said to be missing."
+    (place/"broken").mkdir()
+    (place/"broken"/"gcc").write_text("#!/bin/sh\necho 'gcc: error: no room for temporary files' >&2\nexit 1\n")
+    (place/"broken"/"gcc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(place/"broken"))
+    made_anew()
+    with pytest.raises(UsageError, match="gcc could not compile the kernels .gcc: error: no room"): build(SMALL)
+
+
 def test_a_compiler_that_fails(place, compiled_by):
     compiled_by(str(fake(place, "broken", 'case "$*" in *null*) exit 0;; esac; echo note: hm >&2; echo error: out of luck >&2; exit 1')))
     with pytest.raises(UsageError, match=r"broken could not compile the kernels \(error: out of luck\)"): build(SMALL)

@@ -216,6 +216,12 @@ def test_what_does_not_fit_is_refused(compiled):
         with pytest.raises(UsageError, match="at least 1"): wrong()
 
 
+def test_a_draft_model_keeps_its_weights_as_it_is_told():
+    if compiler() is None: pytest.skip("no C compiler")
+    kinds = [engine_for(made(TARGET, True), drafts=DraftModel(TARGET, weights=kind)).drafts.slots.packed.kind for kind in ("int8", "bfloat16")]
+    assert kinds == ["int8", "bfloat16"]
+
+
 def test_broken_numbers_are_told(compiled):
     decoder = copy.deepcopy(TARGET)
     with torch.no_grad(): decoder.transformer.wpe.weight[9] = math.nan  # what guesses read there is enough

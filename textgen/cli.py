@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'SETTINGS', 'Commands', 'program', 'complaint', 'main', 'read_changes', 'glance', 'headline', 'report',
-           'suggestions', 'changed', 'begin', 'train', 'read_prompt', 'likelihoods', 'written', 'deliver', 'open_model',
-           'with_settings', 'guessing', 'typed', 'seeds', 'generate']
+           'suggestions', 'changed', 'begin', 'train', 'read_prompt', 'likelihoods', 'stream_of', 'written', 'deliver',
+           'open_model', 'with_settings', 'guessing', 'typed', 'seeds', 'generate']
 
 # %% ../nbs/14_cli.ipynb #97529a03
 import contextlib
@@ -20,7 +20,7 @@ import secrets
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -246,38 +246,59 @@ def read_prompt(prompt: str | None) -> str:
         raise UsageError(f"standard input is not UTF-8 (byte {error.start}); save the prompt as UTF-8") from None
 
 # %% ../nbs/14_cli.ipynb #70ffb4fb
-def likelihoods(tokenizer, parts) -> Iterator[str]:  # of pieces or generations with logprobs: a line for each token
+def likelihoods(tokenizer, pieces) -> Iterator[str]:  # with logprobs: a line for each token
     "How likely each token was, and what else was."
     percent = lambda id, logprob: f"{100 * math.exp(logprob):5.1f}% {tokenizer.decode([id])!r}"
-    for part in parts:
-        for id, one in zip(part.token_ids, part.logprobs):
+    for piece in pieces:
+        for id, one in zip(piece.token_ids, piece.logprobs):
             yield "   ".join([f"{percent(id, one.logprob):14}", *(percent(*other) for other in one.top)])
 
-# %% ../nbs/14_cli.ipynb #65bd00d7
-def written(
+
+def stream_of(
     generator,  # a TextGenerator
     prompt: str,
     settings: dict,  # of GenerationConfig
+    bar: bool,  # show how far it is
+) -> Iterator:  # of pieces
+    "A stream whose first piece is there, so that what is refused is refused before anything is shown."
+    stream = generator.stream(prompt, **settings)
+    stream = itertools.chain([*itertools.islice(stream, 1)], stream)
+    if not bar:
+        return stream
+    from textgen.data import with_bar
+
+    most = settings.get("n", 1) * settings.get("max_new_tokens", generator.defaults.max_new_tokens)
+    return with_bar(stream, lambda piece: len(piece.token_ids), "writing", most)
+
+# %% ../nbs/14_cli.ipynb #65bd00d7
+def written(
+    generator,  # as in `stream_of`, and so are the others
+    prompt: str,
+    settings: dict,
+    hidden: bool = False,  # nobody sees it before all is there
 ) -> Iterator[str]:  # pieces of what to show
     "Prompt and continuation, piece by piece; of several, one after the other; raises UsageError before the first."
-    if settings.get("n", 1) == 1:
-        stream = generator.stream(prompt, **settings)
-        first, seen = [*itertools.islice(stream, 1)], []  # what is refused is refused before anything is shown
-        yield prompt
-        for piece in itertools.chain(first, stream):
+    count, seen, stopped = settings.get("n", 1), [], None
+    stream = stream_of(generator, prompt, settings, hidden or count > 1)
+    yield prompt if count == 1 else ""
+    try:
+        for piece in stream:
             seen.append(piece)
-            yield piece.text
-        yield "" if "".join([prompt, *(piece.text for piece in seen)]).endswith("\n") else "\n"
-    else:
-        seen = generator.generate(prompt, **settings)
-        texts = [prompt + generation.text for generation in seen]
-        yield "\n".join(f"[{number}]\n" + text.removesuffix("\n") + "\n" for number, text in enumerate(texts, 1))
+            yield piece.text if count == 1 else ""
+    except KeyboardInterrupt as error:
+        stopped = error
+    seen.sort(key=lambda piece: piece.row)
+    texts = [prompt + "".join(piece.text for piece in seen if piece.row == row) for row in range(count)]
+    lines = "\n".join(f"[{number}]\n" + text.removesuffix("\n") + "\n" for number, text in enumerate(texts, 1))
+    yield lines if count > 1 else "" if texts[0].endswith("\n") else "\n"
     if settings.get("logprobs") is not None:
         typer.echo("\n".join(likelihoods(generator.tokenizer, seen)), err=True)
+    if stopped:
+        raise stopped
 
 # %% ../nbs/14_cli.ipynb #0fcd3bc8
-def deliver(parts: Iterator[str], output: Path | None) -> str:  # what became of it, in words
-    "Print pieces as they come; or save them, all or nothing; raises UsageError."
+def deliver(parts: Iterator[str], output: Path | None, seed: Callable[[], str]):
+    "Print pieces as they come, or save all of them; then say the seed, after Ctrl-C as well; raises UsageError."
     from textgen.core import UsageError, atomic_path
 
     if output is None:
@@ -286,16 +307,18 @@ def deliver(parts: Iterator[str], output: Path | None) -> str:  # what became of
             for part in parts:
                 typer.echo(part, nl=False)
                 end = part or end
-        except (Exception, KeyboardInterrupt):
+        except (Exception, KeyboardInterrupt) as error:
             typer.echo("" if end.endswith("\n") else "\n", nl=False)  # what is said next has a line of its own
+            if isinstance(error, KeyboardInterrupt):
+                typer.echo(f"seed {seed()}", err=True)
             raise
-        return ""
+        return typer.echo(f"seed {seed()}", err=True)
     if output.is_dir():
         raise UsageError(f"--output {output} is a folder; name a file in it")
     text = "".join(parts)
     with atomic_path(output) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    return f"saved {len(text):,} characters in {output}; "
+    typer.echo(f"saved {len(text):,} characters in {output}; seed {seed()}", err=True)
 
 # %% ../nbs/14_cli.ipynb #7a95bc5e
 def open_model(path: str, **options):  # a TextGenerator
@@ -353,7 +376,7 @@ def guessing(generator, lookup: bool, draft_model: str | None, **options):
     if smaller.tokenizer.pieces != generator.tokenizer.pieces:
         raise UsageError(f"--draft-model {draft_model}: its tokens are not the tokens of the model; "
                          "take one of the same family")
-    generator.drafts = Lookup() if lookup else DraftModel(smaller.decoder)
+    generator.drafts = Lookup() if lookup else DraftModel(smaller.decoder, weights=smaller.weights)
 
 # %% ../nbs/14_cli.ipynb #c1b7fe88
 def typed(
@@ -409,5 +432,5 @@ def generate(
     generator = open_model(model, **options)
     if lookup or draft_model is not None:
         guessing(generator, lookup, draft_model, **options)
-    done = deliver(written(generator, read_prompt(prompt), settings), output)
-    typer.echo(f"{done}seed {seeds(settings)}", err=True)
+    parts = written(generator, read_prompt(prompt), settings, hidden=output is not None)
+    deliver(parts, output, lambda: seeds(settings))

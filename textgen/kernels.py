@@ -49,8 +49,8 @@ FLAGS = ("-std=gnu11 -O3 -ffp-contract=fast -fno-math-errno -fPIC -shared "
 
 @lru_cache
 def compiler() -> tuple[str, ...] | None:  # the command and its flags; None where there is no compiler
-    "$CC (flags may follow), cc, gcc or clang, tuned to this processor and with OpenMP where it knows how."
-    own = os.environ.get("CC", "")
+    "$CC (flags may follow), cc, gcc or clang, tuned to this processor and with OpenMP; if none works, the last."
+    own, command = os.environ.get("CC", ""), None
     for words in ([own] if shutil.which(own) else own.split(), ["cc"], ["gcc"], ["clang"]):
         if words and (path := shutil.which(words[0])):
             tuned = any(word.startswith(("-march", "-mcpu")) for word in words)
@@ -59,7 +59,7 @@ def compiler() -> tuple[str, ...] | None:  # the command and its flags; None whe
                 probe = *command, "-x", "c", "-", "-o", os.devnull
                 if subprocess.run(probe, input=b"int one;", capture_output=True).returncode == 0:
                     return command
-    return None
+    return command  # and it will say why
 
 # %% ../nbs/06d_kernels.ipynb #47e65071
 def cache_folder() -> Path:

@@ -234,9 +234,10 @@ class DraftModel(Drafts):
         self,
         decoder: Decoder,  # of the same vocabulary; for compiled slots its weights are packed once, at first use
         tokens: int = 4,  # of a guess, at most
+        weights: str = "float32",  # what those are kept as: "float32", "bfloat16" or "int8"
     ):
         super().__init__(tokens)
-        self.decoder, self.packed = decoder, None
+        self.decoder, self.weights, self.packed = decoder, weights, None
 
     def fresh(self, engine):
         ours, V, device = self.decoder.config, engine.config.vocab_size, self.decoder.transformer.wte.weight.device
@@ -245,11 +246,10 @@ class DraftModel(Drafts):
         if device != engine.slots.device:
             raise UsageError(f"the draft model is on {device}, the model on {engine.slots.device}; move one of them")
         if engine.slots.writes and self.packed is None:
-            self.packed = Packed(self.decoder)
-        kind, weights = (NativeSlots, self.packed) if engine.slots.writes else (Slots, self.decoder)
-        new, count = super().fresh(engine), engine.slots.slots
-        new.length = min(engine.slots.length, ours.n_positions)
-        new.slots, new.followers = kind(weights, count, new.length), [Follower() for _ in range(count)]
+            self.packed = Packed(self.decoder, self.weights)
+        kind, model = (NativeSlots, self.packed) if engine.slots.writes else (Slots, self.decoder)
+        new, count, length = super().fresh(engine), engine.slots.slots, min(engine.slots.length, ours.n_positions)
+        new.length, new.slots, new.followers = length, kind(model, count, length), [Follower() for _ in range(count)]
         return new
 
     def move(self, source, target):
