@@ -558,8 +558,8 @@ def test_wheel_runs_without_nbdev(tmp_path):
     wheel, = (tmp_path/"dist").glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", tmp_path/"venv"], check=True)
     python = tmp_path/"venv/bin/python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "-c", ROOT/"constraints.txt", wheel], check=True)
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}   # where pip would find textgen installed
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "-c", ROOT/"constraints.txt", wheel], check=True, env=env)
     assert subprocess.run([python, "-c", "import nbdev"], env=env, cwd=tmp_path, capture_output=True).returncode
     done = subprocess.run([tmp_path/"venv/bin/textgen", "--help"], env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "train" in done.stdout and "generate" in done.stdout
