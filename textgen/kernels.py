@@ -213,17 +213,18 @@ void to_steps(float *x, int64_t n) {
 
 # %% ../nbs/06d_kernels.ipynb #85fa202d
 SOURCE.append(r"""
-typedef struct { const void *w; const float *scale, *bias; int64_t in, pitch, out, bytes; } Matrix;
+typedef struct { const void *w; const float *scale, *bias; int64_t in, pitch, out, bytes, far; } Matrix;
 
 /* `rows` rows of x times 16 * `wide` outputs. Each sum adds one input after the other, whatever the tile's shape. */
 INLINE void tile(const Matrix *m, int64_t block, const float *x, int64_t xs, float *y, int64_t ys, const int rows,
                  const int wide, const int bytes) {
     const char *w = (const char *)m->w + (size_t)block * m->pitch * 16 * bytes;
     v16 sum[12][4] = {}, a[4];  /* as many as any tile has */
-    const int each = bytes == 1 ? 2 : 1;  /* inputs at a time */
-    int64_t steps = (m->in + each - 1) / each;
-    for (int64_t i = 0; i < steps; i++) {
-        for (int b = 0; b < wide; b++) a[b] = load(w, b * (m->pitch / each) + i, bytes);
+    const int64_t each = bytes == 1 ? 2 : 1, pitch = m->pitch / each, steps = (m->in + each - 1) / each;
+    for (int64_t i = 0; i < steps; i++) {  /* `each` inputs at a time */
+        for (int b = 0; b < wide; b++) a[b] = load(w, b * pitch + i, bytes);
+        for (int b = 0; b < wide && m->far && (rows > 1 || bytes < 4); b++)  /* what the next tile wants */
+            __builtin_prefetch(w + ((wide + b) * pitch + i) * 16 * each * bytes);
         for (int r = 0; r < rows; r++)
             for (int b = 0; b < wide; b++) sum[r][b] = fold(sum[r][b], a[b], x + r * xs + i, bytes);
     }
@@ -308,7 +309,7 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:  # (O, I) floats to (O, I)
 class Matrix(ctypes.Structure):
     "A packed matrix, as C sees it."
     _fields_ = [*((name, ctypes.c_void_p) for name in ("w", "scale", "bias")),
-                *((name, ctypes.c_int64) for name in ("inputs", "pitch", "outputs", "size"))]
+                *((name, ctypes.c_int64) for name in ("inputs", "pitch", "outputs", "size", "far"))]
 
 
 TYPES = {"float32": (4, torch.float32), "bfloat16": (2, torch.bfloat16), "int8": (1, torch.int8)}
@@ -331,14 +332,13 @@ def pack(
     kind: str = "float32",  # what weights are kept as: "float32", "bfloat16" or "int8"
 ) -> Matrix:
     "A matrix in blocks of 16 outputs, (O/16, I, 16); int8 with a scale for each output."
-    (size, dtype), (O, I), scale, weight = TYPES[kind], weight.shape, None, weight.detach().float()
-    if kind == "int8":
-        weight, scale = to_int8(weight)
+    (size, dtype), (O, I) = TYPES[kind], weight.shape
+    weight, scale = to_int8(weight) if kind == "int8" else (weight.detach().float(), None)
     each = 2 if scale is not None else 1  # inputs that lie together
     padded = F.pad(weight, (0, -I % each, 0, -O % 16)).to(dtype)
     blocks = padded.unflatten(1, (-1, each)).unflatten(0, (-1, 16)).transpose(1, 2)  # (O/16, I/each, 16, each)
-    addresses = arena.put(blocks), packed_vector(arena, scale), packed_vector(arena, bias)
-    matrix = Matrix(*addresses, I, padded.shape[1], O, size)
+    vectors = (packed_vector(arena, x) for x in (scale, bias))
+    matrix = Matrix(arena.put(blocks), *vectors, I, padded.shape[1], O, size)
     matrix.arena = arena  # which must live as long as its address
     return matrix
 
@@ -447,7 +447,7 @@ SOURCE.append(r"""
 void attend(const float *q, int64_t qs, const float *keys, const float *values, int64_t L, int64_t D, int64_t at,
             int64_t next, int64_t rows, float *w, float *y, int64_t ys) {
     int64_t S = at + 1 + (rows - 1) * next, ws = UP(S, 16), ds = UP(D, 16);
-    Matrix k = {keys, 0, 0, D, D, S, 4}, v = {values, 0, 0, S, L, D, 4};
+    Matrix k = {keys, 0, 0, D, D, S, 4, 0}, v = {values, 0, 0, S, L, D, 4, 0};
     float *mixed = w + rows * ws;
     strip(&k, 0, ws / 16, q, qs, w, ws, rows);
     softmax(w, ws, rows, at, next, 1 / sqrtf(D));

@@ -328,6 +328,7 @@ def native_library() -> ctypes.CDLL:
 # %% ../nbs/06e_native.ipynb #c69f0095
 class Packed:
     "A decoder's weights in one stretch of memory, ready for the compiled step; raises UsageError."
+    CACHED = 2**26  # bytes that a processor's caches may hold; of what is larger, lines are asked for ahead
 
     def __init__(
         self,
@@ -342,6 +343,9 @@ class Packed:
         first = self.arena.used
         self.model = pack_model(self.arena, decoder, kind)
         self.bytes = self.arena.used - first  # what a token has to read
+        for part in (self.model, *self.model.blocks[: self.model.N]):
+            for name in (name for name, kind in part._fields_ if kind is Matrix):
+                getattr(part, name).far = self.bytes > self.CACHED
 
 # %% ../nbs/06e_native.ipynb #9cee6c01
 class NativeSlots:
