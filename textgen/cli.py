@@ -278,6 +278,8 @@ def written(
     hidden: bool = False,  # nobody sees it before all is there
 ) -> Iterator[str]:  # pieces of what to show
     "Prompt and continuation, piece by piece; of several, one after the other; raises UsageError before the first."
+    from textgen.generator import collect
+
     count, seen, stopped = settings.get("n", 1), [], None
     stream = stream_of(generator, prompt, settings, hidden or count > 1)
     yield prompt if count == 1 else ""
@@ -287,12 +289,11 @@ def written(
             yield piece.text if count == 1 else ""
     except KeyboardInterrupt as error:
         stopped = error
-    seen.sort(key=lambda piece: piece.row)
-    texts = [prompt + "".join(piece.text for piece in seen if piece.row == row) for row in range(count)]
+    texts = [prompt + generation.text for generation in collect(seen, range(count))]
     lines = "\n".join(f"[{number}]\n" + text.removesuffix("\n") + "\n" for number, text in enumerate(texts, 1))
     yield lines if count > 1 else "" if texts[0].endswith("\n") else "\n"
     if settings.get("logprobs") is not None:
-        typer.echo("\n".join(likelihoods(generator.tokenizer, seen)), err=True)
+        typer.echo("\n".join(likelihoods(generator.tokenizer, sorted(seen, key=lambda piece: piece.row))), err=True)
     if stopped:
         raise stopped
 
