@@ -6,6 +6,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from textgen.attention import written_out
 from textgen.core import UsageError, parse
 from textgen.decoder import Decoder, DecoderConfig
 from textgen.llama import attention_maps
@@ -198,6 +199,27 @@ def test_any_mix_trains(mix):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+def test_training_in_bfloat16_on_a_cpu(mix, monkeypatch):
+    "Attention is written out, under autocast as in a model of bfloat16, and the gradients are those of float32 but for rounding."
+    torch.manual_seed(0)
+    model, calls = Decoder(DecoderConfig(vocab_size=40, n_positions=24, n_embd=32, n_layer=2, n_head=4, **mix)), []
+    counted = lambda *given: calls.append({t.dtype for t in given[:3]}) or written_out(*given)
+    monkeypatch.setattr("textgen.attention.written_out", counted)
+    ids = torch.randint(40, (4, 25))
+    gradient = lambda: torch.cat([g.flatten().float() for g in torch.autograd.grad(model.loss(ids[:, :-1], ids[:, 1:]), list(model.parameters()))])
+    exact = gradient()
+    assert not calls
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (gradient() - exact).norm() < 0.02 * exact.norm()
+        with torch.no_grad(): model(ids[:, :24])
+    assert calls == 2 * [{torch.bfloat16}]
+    model.bfloat16()
+    assert (gradient() - exact).norm() < 0.03 * exact.norm()
+    with torch.no_grad(): model(ids[:, :24]), model(ids[:, :24], model.caches(4))
+    assert calls == 4 * [{torch.bfloat16}]
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=str)

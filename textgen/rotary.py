@@ -31,7 +31,7 @@ def rotate(
 ):  # (B, H, T, D)
     "Turn channels i and i + D/2 of each token by its angles (Su et al. 2021, equation 34)."
     a, b = x.chunk(2, dim=-1)  # each (B, H, T, D/2)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)  # the angles may be finer
 
 # %% ../nbs/04a_rotary.ipynb #1770243e
 def rotation_tables(
