@@ -80,16 +80,17 @@ def test_logits_are_those_of_llama(shape, scaling):
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
 
 
+@pytest.mark.parametrize("gelu", [("gelu", "gelu_new"), ("gelu_erf", "gelu")], ids=str)
 @pytest.mark.parametrize("shape", [dict(n_embd=32, n_layer=2, n_head=4), dict(n_embd=48, n_layer=3, n_head=6, n_inner=70), dict(n_embd=8, n_layer=1, n_head=1)])
-def test_logits_are_those_of_gpt2(shape):
+def test_logits_are_those_of_gpt2(shape, gelu):
     torch.manual_seed(0)
-    ours = noisy(Decoder(DecoderConfig(vocab_size=65, n_positions=40, **shape)))
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=65, n_positions=40, **shape, bos_token_id=None, eos_token_id=None, attn_implementation="eager")).eval()
+    ours = noisy(Decoder(DecoderConfig(vocab_size=65, n_positions=40, **shape, mlp=gelu[0])))
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=65, n_positions=40, **shape, activation_function=gelu[1], bos_token_id=None, eos_token_id=None, attn_implementation="eager")).eval()
     state = {name: t.T if ".h." in name and t.dim() == 2 else t for name, t in ours.state_dict().items()}
     theirs.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"]})
     ids = torch.randint(65, (3, 40))
     with torch.no_grad(): expected = theirs(ids, output_attentions=True)
-    torch.testing.assert_close(ours(ids), expected.logits, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(ours(ids), expected.logits, atol=2e-5, rtol=1e-5)
     for a, b in zip(attention_maps(ours, ids), expected.attentions, strict=True): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
@@ -157,7 +158,8 @@ def test_rotation_is_a_product_of_complex_numbers():
     torch.testing.assert_close(rotate(x, angles.cos(), angles.sin()), torch.cat([turned.real, turned.imag], -1))
 
 
-MIXES = [dict(), LLAMA, dict(n_kv_head=2), dict(position="rotary"), dict(norm="rmsnorm"), dict(mlp="swiglu", n_inner=50), dict(bias=False),
+MIXES = [dict(), LLAMA, dict(n_kv_head=2), dict(position="rotary"), dict(norm="rmsnorm"), dict(mlp="swiglu", n_inner=50),
+         dict(mlp="gelu_erf", bias=False),
          dict(tie_word_embeddings=False), dict(LLAMA, n_kv_head=1, head_size=10, rope_scaling=SCALINGS["yarn"], tie_word_embeddings=False),
          dict(position="rotary", norm="rmsnorm", n_kv_head=2, rope_scaling={"type": "linear", "factor": 2})]
 
@@ -199,6 +201,22 @@ def test_any_mix_trains(mix):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+def test_the_loss_comes_out_of_forward_in_float32(mix):
+    "Of the targets that count, also where the logits are bfloat16, and through a wrapper that knows only forward."
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(vocab_size=40, n_positions=24, n_embd=32, n_layer=2, n_head=4, **mix))
+    ids, targets = torch.randint(40, (4, 24)), torch.randint(40, (4, 24))
+    targets[1, 3:] = targets[2] = -100
+    surprise = lambda logits: -logits.float().log_softmax(-1)[targets >= 0].gather(1, targets[targets >= 0][:, None]).mean()
+    torch.testing.assert_close(model.loss(ids, targets), surprise(model(ids)))
+    assert torch.equal(model.loss(ids, targets), torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten()))
+    assert torch.equal(model.loss(ids, targets), torch.nn.DataParallel(model)(ids, targets=targets))
+    with torch.autocast("cpu", torch.bfloat16): assert model(ids).dtype == torch.bfloat16 and model.loss(ids, targets).dtype == torch.float32
+    half = model.bfloat16()
+    torch.testing.assert_close(half.loss(ids, targets), surprise(half(ids)), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=str)
@@ -248,7 +266,7 @@ def test_the_tables_of_half_precision_are_those_of_float32_rounded():
     (dict(position="rotary", n_embd=12, n_head=4), "a head has 3"),
     (dict(position="alibi"), "position: input should be 'learned' or 'rotary'"),
     (dict(norm="batch"), "norm: input should be 'layernorm' or 'rmsnorm'"),
-    (dict(mlp="relu"), "mlp: input should be 'gelu' or 'swiglu'"),
+    (dict(mlp="relu"), "mlp: input should be 'gelu', 'gelu_erf' or 'swiglu'"),
     (dict(n_inner=0), "n_inner"), (dict(head_size=0), "head_size"), (dict(rope_theta=0), "rope_theta"), (dict(rope_theta=1e300), "rope_theta"),
     (dict(n_positions=2**40), "n_positions"),
     (dict(rope_scaling={"rope_type": "longrope", "factor": 2}), "rope_type 'longrope' is not known here; choose from default, dynamic, linear, llama3, yarn"),

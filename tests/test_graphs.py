@@ -47,7 +47,7 @@ def texts(model, slots, settings=SETTINGS, tokens=30):
     return rows
 
 
-@pytest.mark.parametrize("family", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("family", [GPT2, dict(mlp="gelu_erf"), LLAMA], ids=["gpt2", "exact gelu", "llama"])
 @pytest.mark.parametrize("context", [24, L])  # in the shorter one texts slide
 def test_replayed_rows_are_those_of_plain_slots(family, context, monkeypatch):
     monkeypatch.setattr(GraphSlots, "STRIDE", 16)

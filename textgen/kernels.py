@@ -46,7 +46,7 @@ SOURCE.append(r"""
 FLAGS = ("-std=gnu11 -O3 -ffp-contract=fast -fno-math-errno -fPIC -shared "
          "-Wno-psabi -Wno-unknown-pragmas").split()
 
-
+# %% ../nbs/06d_kernels.ipynb #b6e5b004
 @lru_cache
 def compiler() -> tuple[str, ...] | None:  # the command and its flags; None where there is no compiler
     "$CC (flags may follow), cc, gcc or clang, tuned to this processor and with OpenMP; if none works, the last."
@@ -75,7 +75,7 @@ def processor() -> str:
         return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
     return platform.processor() + platform.machine()
 
-
+# %% ../nbs/06d_kernels.ipynb #964aea24
 @lru_cache
 def version(command: tuple[str, ...]) -> str:
     "What a compiler says of itself."
@@ -91,7 +91,7 @@ def library_path(source: list[str]) -> Path:
 # %% ../nbs/06d_kernels.ipynb #d30319a7
 WHOLE = b"the whole library"
 
-
+# %% ../nbs/06d_kernels.ipynb #4e0f0bc4
 def compiled(source: list[str], path: Path) -> Path:  # path
     "Compile source to a file; raises UsageError where there is no compiler, or it fails."
     if (command := compiler()) is None:
@@ -107,7 +107,7 @@ def compiled(source: list[str], path: Path) -> Path:  # path
         file.write(WHOLE)
     return path
 
-# %% ../nbs/06d_kernels.ipynb #4e0f0bc4
+# %% ../nbs/06d_kernels.ipynb #d2c835e5
 def opened(path: Path) -> ctypes.CDLL | None:
     "A library; None where there is none, or half of one, or one that this system does not open."
     with contextlib.suppress(OSError):
@@ -115,7 +115,7 @@ def opened(path: Path) -> ctypes.CDLL | None:
             return ctypes.CDLL(str(path))
     return None
 
-
+# %% ../nbs/06d_kernels.ipynb #6a2a295c
 def build(
     source: list[str] = SOURCE,  # pieces of C
 ) -> ctypes.CDLL:  # raises UsageError: no compiler, or it fails; TextgenError: no room
@@ -314,7 +314,7 @@ class Matrix(ctypes.Structure):
 
 TYPES = {"float32": (4, torch.float32), "bfloat16": (2, torch.bfloat16), "int8": (1, torch.int8)}
 
-
+# %% ../nbs/06d_kernels.ipynb #02324cdf
 def up(n: int) -> int:
     "The next multiple of 16."
     return n + -n % 16
@@ -406,14 +406,23 @@ void norm(const float *x, float *y, const float *gain, const float *bias, int64_
 
 # %% ../nbs/06d_kernels.ipynb #14298494
 SOURCE.append(r"""
-/* GELU of x (rows, I); with `gated`, x is (rows, 2I), and y = silu(first half) * second half */
-void activate(const float *x, float *y, int64_t I, int64_t rows, int gated) {
-    for (int64_t r = 0; r < rows; r++, x += gated ? 2 * I : I, y += I)
+/* Abramowitz and Stegun 1964, 7.1.26: off by 8e-8 at most */
+INLINE v16 normal16(v16 x) {
+    v16 t = 1 / (1 + 0.23164189f * either(x < 0, -x, x));
+    v16 p = ((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f;
+    p = 0.5f * (p * t + 0.254829592f) * t * exp16(-0.5f * x * x);
+    return either(x < 0, p, 1 - p);
+}
+
+/* x (rows, I) bent: 0 GELU by a tanh, 1 exact GELU, 2 SwiGLU: x is (rows, 2I), y = silu(first half) * second half */
+void activate(const float *x, float *y, int64_t I, int64_t rows, int bend) {
+    for (int64_t r = 0; r < rows; r++, x += bend == 2 ? 2 * I : I, y += I)
         for (int64_t i = 0; i < I; i += 16) {
             v16 a = AT(x + i), z = a;
-            if (!gated) z = 1.5957691216f * (a + 0.044715f * a * a * a);
-            a /= 1 + exp16(-z);
-            if (gated) a *= AT(x + I + i);
+            if (bend == 0) z = 1.5957691216f * (a + 0.044715f * a * a * a);
+            if (bend == 1) a *= normal16(a);
+            else a /= 1 + exp16(-z);
+            if (bend == 2) a *= AT(x + I + i);
             AT(y + i) = a;
         }
 }

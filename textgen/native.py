@@ -26,7 +26,7 @@ PARTS.append(r"""
 typedef struct { const float *gain_1, *bias_1, *gain_2, *bias_2; Matrix c_attn, attn_proj, c_fc, mlp_proj; } Block;
 typedef struct {
     const Block *blocks; Matrix wte, head; const float *wpe, *cos, *sin, *gain, *bias;
-    int64_t V, C, N, H, G, D, inner; int rms, gated; float epsilon;
+    int64_t V, C, N, H, G, D, inner; int rms, bend; float epsilon;
 } Model;
 typedef struct { float *const *keys, *const *values; int64_t L; } Cache;  /* of each block, for every slot */
 """)
@@ -43,7 +43,7 @@ class Model(ctypes.Structure):
     _fields_ = [("blocks", ctypes.POINTER(Block)), ("wte", Matrix), ("head", Matrix),
                 *((name, ctypes.c_void_p) for name in ("wpe", "cos", "sin", "gain", "bias")),
                 *((name, ctypes.c_int64) for name in ("V", "C", "N", "H", "G", "D", "inner")),
-                ("rms", ctypes.c_int), ("gated", ctypes.c_int), ("epsilon", ctypes.c_float)]
+                ("rms", ctypes.c_int), ("bend", ctypes.c_int), ("epsilon", ctypes.c_float)]
 
 
 class Cache(ctypes.Structure):
@@ -60,7 +60,7 @@ def pack_block(
     norms = [packed_vector(arena, x) for norm in (block.ln_1, block.ln_2)
              for x in (norm.weight, getattr(norm, "bias", None))]
     fc = [block.mlp.c_fc.weight, block.mlp.c_fc.bias]
-    if block.mlp.gated:  # the two halves are each filled up to whole blocks
+    if block.mlp.kind == "swiglu":  # the two halves are each filled up to whole blocks
         fc = [x if x is None else torch.cat([F.pad(half, (0, 0) * (x.dim() - 1) + (0, -len(half) % 16))
                                              for half in x.detach().chunk(2)]) for x in fc]
     pairs = [(layer.weight, layer.bias) for layer in (block.attn.c_attn, block.attn.c_proj)]
@@ -82,7 +82,7 @@ def pack_model(
     norm = [packed_vector(arena, x) for x in (t.ln_f.weight, getattr(t.ln_f, "bias", None))]
     sizes = c.vocab_size, c.n_embd, c.n_layer, c.n_head, *c.kv_shape, c.n_inner or 4 * c.n_embd
     blocks = (Block * c.n_layer)(*(pack_block(arena, block, kind) for block in t.h))
-    swaps = c.norm == "rmsnorm", c.mlp == "swiglu"
+    swaps = c.norm == "rmsnorm", ("gelu", "gelu_erf", "swiglu").index(c.mlp)
     model = Model(blocks, wte, head, *tables, *norm, *sizes, *swaps, c.layer_norm_epsilon)
     model.arena = arena  # C has addresses only: the memory must live as long as the model
     return model
@@ -160,7 +160,7 @@ PARTS.append(r"""
 typedef struct { int64_t X, Q, Y, F, I, room; } Widths;  /* floats of a row of each kind, and the room of a thread */
 static Widths widths(const Model *m, int64_t L) {
     int64_t each = m->H / m->G, I = UP(m->inner, 16);
-    return (Widths){UP(m->C, 16), UP((m->H + 2 * m->G) * m->D, 16), UP(m->H * m->D, 16), m->gated ? 2 * I : I, I,
+    return (Widths){UP(m->C, 16), UP((m->H + 2 * m->G) * m->D, 16), UP(m->H * m->D, 16), m->bend == 2 ? 2 * I : I, I,
                     (each > 12 ? each : 12) * (UP(L, 16) + UP(m->D, 16))};
 }
 int64_t work_size(const Model *m, int64_t L, int64_t R, int threads) {
@@ -191,7 +191,7 @@ static float *stream(const Model *m, const Cache *c, int64_t R, const int64_t *i
         add(x, h, R * s.X);
         norm(x, h, b->gain_2, b->bias_2, m->C, R, m->rms, m->epsilon);
         linear(&b->c_fc, h, s.X, f, s.F, R, threads);
-        activate(f, a, s.I, R, m->gated);
+        activate(f, a, s.I, R, m->bend);
         linear(&b->mlp_proj, a, s.I, h, s.X, R, threads);
         add(x, h, R * s.X);
     }

@@ -18,7 +18,7 @@ from torch import Tensor
 from .attention import visible
 from .choosing import choose
 from .core import TextgenError, UsageError
-from .decoder import Decoder
+from .decoder import GELUS, Decoder
 from .rotary import rotate
 
 # %% ../nbs/06c_slots.ipynb #a02be5e0
@@ -59,7 +59,7 @@ def operations(
         norm = lambda x, gain, bias: torch.rms_norm(x, C, gain, eps)
     linear = lambda x, matrix, bias: torch.addmm(bias, x, matrix) if bias is not None else x @ matrix
     add = lambda stream, x, matrix, bias: (stream if bias is None else stream.add_(bias)).addmm_(x, matrix)
-    gelu = lambda x: torch._C._nn.gelu(x, approximate="tanh")
+    gelu = lambda x: torch._C._nn.gelu(x, approximate=GELUS[config.mlp])
     gated = lambda x: F.silu(x[:, : x.shape[1] // 2]) * x[:, x.shape[1] // 2 :]
     return norm, linear, add, gated if config.mlp == "swiglu" else gelu
 
