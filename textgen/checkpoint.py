@@ -305,6 +305,8 @@ def write_checkpoint(
     config, family = decoder.config, FAMILIES[family_of(decoder.config)]
     kind = find_dtype(dtype) if dtype else decoder.transformer.wte.weight.dtype
     views, most = {}, read_size(max_shard_size)
+    if added := decoder.state_dict().keys() - blank(config).state_dict().keys():
+        raise UsageError(f"{min(added)} is no tensor of such a decoder; where it is LoRA's, merge_lora comes first")
     for name, tensor in decoder.state_dict().items():
         views |= as_stored(name, tensor, config, family)
     values = hf_config(config, str(kind).removeprefix("torch."))
