@@ -51,6 +51,7 @@ def polar_express(
     return tuple(made)
 
 # %% ../nbs/08a_muon.ipynb #5b241ea0
+@functools.cache
 def fast_bfloat16(
     device,  # torch's device or its name
 ) -> bool:
