@@ -21,7 +21,7 @@ def best_quintic(
     low: float,  # the interval's ends, 0 < low <= high
     high: float,
 ) -> np.ndarray:  # (3,): a, b and c
-    "The a x + b x^3 + c x^5 nearest to 1 on an interval, by Remez's exchange (Amsel et al. 2025, section 3.3)."
+    "The a x + b x^3 + c x^5 nearest to 1 on an interval, by Remez's exchange (Amsel et al. 2025)."
     if low > 0.99999 * high:  # the four places coincide, and the limit is known
         return np.array([15, -10, 3]) / 8 / high ** np.array([1, 3, 5])
     inner = [(3 * low + high) / 4, (low + 3 * high) / 4]
@@ -39,7 +39,7 @@ def polar_express(
     cushion: float = 0.02407327424182761,  # the least ratio of the ends that a polynomial is made for
     safety: float = 1.01,  # how much further than the interval a polynomial may be used; 1: no further
 ) -> tuple[tuple[float, float, float], ...]:  # a, b and c of each step
-    "The best polynomials one after the other (Amsel et al. 2025, algorithm 1)."
+    "Polar Express: the best polynomials one after the other (Amsel et al. 2025)."
     low, high, made = lower, 1.0, []
     for step in range(steps):
         triple = best_quintic(max(low, cushion * high), high)
