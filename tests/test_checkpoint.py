@@ -15,6 +15,8 @@ from textgen.core import TextgenError, UsageError, model_path
 from textgen.decoder import Decoder, DecoderConfig
 from textgen.export import export_model
 from textgen.gguf import gguf_tokenizer, merges_from_scores, open_model, read_gguf
+from textgen.kernels import compiler
+from textgen.native import NativeSlots, Packed
 from textgen.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from textgen.weights import INDEX, SINGLE, cut_into_shards, read_size, read_table, stored_tensors
 
@@ -29,6 +31,7 @@ THEIRS = {
     "gpt2": GPT2Config(**GPT2_SIZES),
     "gpt2 of one block": GPT2Config(**{**GPT2_SIZES, "n_layer": 1, "n_head": 1, "vocab_size": 7}),
     "gpt2 with a narrow MLP, not tied": GPT2Config(**GPT2_SIZES, n_inner=30, tie_word_embeddings=False),
+    "gpt2 with the exact GELU": GPT2Config(**GPT2_SIZES, activation_function="gelu"),
     "llama": LlamaConfig(**LLAMA_SIZES),
     "llama, grouped, tied": LlamaConfig(**LLAMA_SIZES, num_key_value_heads=2, tie_word_embeddings=True),
     "llama with wide heads, one of keys": LlamaConfig(**LLAMA_SIZES, num_key_value_heads=1, head_dim=12, rms_norm_eps=1e-3),
@@ -98,7 +101,7 @@ def test_no_random_number_is_drawn(theirs):
     assert torch.equal(before, torch.get_rng_state())
 
 
-MIXES = [dict(norm="rmsnorm"), dict(position="rotary", n_kv_head=2), dict(mlp="swiglu", n_inner=20), dict(bias=False), dict(n_kv_head=1),
+MIXES = [dict(norm="rmsnorm"), dict(position="rotary", n_kv_head=2), dict(mlp="swiglu", n_inner=20), dict(norm="rmsnorm", bias=False), dict(n_kv_head=1),
          dict(head_size=10), dict(**LLAMA.swaps, head_size=8, n_embd=22), dict(position="rotary", rope_theta=500.0)]
 
 @pytest.mark.parametrize("mix", MIXES, ids=str)
@@ -113,6 +116,75 @@ def test_a_mix_is_stored_in_our_words(mix, tmp_path):
         CharTokenizer("ab").save(tmp_path)
         export_model(tmp_path, tmp_path/"out")
     assert not (tmp_path/"out").exists()
+
+
+# GPT-2 without biases
+
+LEAN = dict(vocab_size=65, n_positions=32, n_embd=32, n_layer=3, n_head=4, n_inner=50, bos_token_id=3, eos_token_id=3, bias=False)
+
+
+def lean(**more): return noisy(Decoder(DecoderConfig(**LEAN, **more)))
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("size", ["5GB", "3KB"])
+@pytest.mark.parametrize("mix", [dict(), dict(mlp="gelu_erf"), dict(tie_word_embeddings=False)], ids=str)
+def test_gpt2_without_biases_is_stored_with_zeros(mix, size, dtype, tmp_path):
+    "transformers reads the zeros and agrees, we pass over them, and what transformers saves of it is read again."
+    ours = lean(**mix)
+    write_checkpoint(ours, tmp_path, dtype, max_shard_size=size)
+    stored, config = stored_tensors(tmp_path), json.loads((tmp_path/"config.json").read_text())
+    assert (tmp_path/INDEX).is_file() == (size == "3KB") and ("lm_head.weight" in stored) == (not ours.config.tie_word_embeddings)
+    assert config["model_type"] == "gpt2" and config["bias"] is False and config["activation_function"] == {"gelu_erf": "gelu"}.get(ours.config.mlp, "gelu_new")
+    theirs, info = GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values())  # nothing missing, nothing unexpected
+    biases = {name: p for name, p in theirs.named_parameters() if name.endswith("bias")}
+    assert len(biases) == 6*3 + 1 and not any(p.any() for p in biases.values()) and biases.keys() < stored.keys()
+    again = read_checkpoint(tmp_path)
+    assert again.config == ours.config and not any(name.endswith("bias") for name, _ in again.named_parameters())
+    agree(theirs.eval(), again, 65, atol=1e-5)
+    if dtype is None: agree(again, ours, 65, atol=0)
+    theirs.save_pretrained(tmp_path/"theirs")
+    agree(read_checkpoint(tmp_path/"theirs"), again, 65, atol=0)
+
+
+def test_biases_where_there_should_be_none(tmp_path):
+    write_checkpoint(ours := lean(), tmp_path)
+    whole, name = load_file(tmp_path/SINGLE), "transformer.h.1.attn.c_attn.bias"
+    for value in (1e-30, torch.nan):
+        retold(tmp_path, whole, **{name: whole[name].clone().index_fill_(0, torch.tensor([7]), value)})
+        told(tmp_path, SINGLE, f"tensor {name} is not zero, but bias is false in config.json")
+    retold(tmp_path, whole, **{name: torch.zeros(5)}); told(tmp_path, f"tensor {name} has the shape (5,), but config.json asks for (96,)")
+    retold(tmp_path, whole, **{"transformer.wte.bias": torch.zeros(32)}); told(tmp_path, "tensor transformer.wte.bias has no place")
+    retold(tmp_path, {name: t for name, t in whole.items() if not name.endswith("bias")})
+    agree(read_checkpoint(tmp_path), ours, 65, atol=0)  # there is nothing to be missed
+    change(tmp_path, bias=True); told(tmp_path, "bias is missing")
+    retold(tmp_path, whole, **{name: whole[name] + 1})
+    for said in (True, None):  # read as any GPT-2
+        change(tmp_path, bias=said)
+        assert read_checkpoint(tmp_path).transformer.h[1].attn.c_attn.bias.eq(1).all()
+    change(tmp_path, bias=False, n_layer=10**9); told(tmp_path, "tensor transformer.h.3.ln_1.weight is missing")
+
+
+def test_gpt2_without_biases_as_it_was_once_stored(tmp_path):
+    "In our own words, with the tensors as they are here."
+    ours = lean()
+    save_file(ours.state_dict(), tmp_path/SINGLE, {"format": "pt"})
+    (tmp_path/"config.json").write_text(json.dumps({"model_type": "textgen", "architectures": ["Decoder"], "dtype": "float32", **ours.config.model_dump()}))
+    again = read_checkpoint(tmp_path)
+    agree(again, ours, 65, atol=0)
+    write_checkpoint(again, tmp_path/"now")
+    agree(GPT2LMHeadModel.from_pretrained(tmp_path/"now"), ours, 65, atol=1e-5)
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C compiler")
+@pytest.mark.parametrize("mix", [dict(), dict(mlp="gelu_erf", tie_word_embeddings=False)], ids=str)
+def test_the_compiled_step_of_what_was_read(mix, tmp_path):
+    write_checkpoint(lean(**mix), tmp_path)
+    ids, decoder = list(range(3, 33)), read_checkpoint(tmp_path)
+    slots = NativeSlots(Packed(decoder), 1, 32)
+    with torch.no_grad(): wanted = GPT2LMHeadModel.from_pretrained(tmp_path)(torch.tensor([ids])).logits[0]
+    assert_close(slots.decode(torch.tensor([ids]), torch.tensor([0]), [30])[0], wanted, atol=1e-4, rtol=1e-5)
 
 
 def test_what_keeps_a_decoder_from_being_of_a_family():
@@ -164,7 +236,7 @@ def copy(saved, tmp_path): return lambda name: Path(shutil.copytree(saved/name, 
 VARIANTS = {
     "llama": [dict(attention_bias=True), dict(mlp_bias=True), dict(hidden_act="gelu"), dict(sliding_window=64), dict(pretraining_tp=2),
               dict(partial_rotary_factor=0.5), dict(quantization_config={"bits": 4}), dict(rope_interleaved=True), dict(layer_types=["full_attention"])],
-    "gpt2": [dict(activation_function="relu"), dict(scale_attn_by_inverse_layer_idx=True), dict(scale_attn_weights=False),
+    "gpt2": [dict(activation_function="relu"), dict(activation_function=["gelu"]), dict(bias="none"), dict(scale_attn_by_inverse_layer_idx=True), dict(scale_attn_weights=False),
              dict(add_cross_attention=True), dict(quantization_config={})],
 }
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAME', 'SIZES', 'GPT2', 'LLAMA', 'FIELDS', 'OWN', 'FAMILIES', 'Family', 'obstacles', 'family_of', 'hf_config',
-           'read_config', 'read_rotation', 'as_stored', 'Undrawn', 'blank', 'expected_tensors', 'table_name',
-           'check_tensors', 'check_numbers', 'read_checkpoint', 'write_checkpoint']
+           'read_config', 'read_rotation', 'as_stored', 'Undrawn', 'blank', 'expected_tensors', 'zero_biases',
+           'table_name', 'check_tensors', 'check_numbers', 'read_checkpoint', 'write_checkpoint']
 
 # %% ../nbs/05c_checkpoint.ipynb #4179fa4f
 import re
@@ -34,20 +34,23 @@ class Family(NamedTuple):
     prefix: str = ""  # of all tensors but the head; a file of the bare model leaves it out
     turned: bool = False  # matrices in blocks are stored as (in, out)
     ignored: str = "$^"  # stored tensors that no decoder needs
+    choices: dict = {}  # as `only`, for what we have as well -> a name of ours, and what it is for each value of theirs
 
 # %% ../nbs/05c_checkpoint.ipynb #c196956c
 SAME = ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id")
 SIZES = ("n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon")
 GPT2 = Family(
     architecture="GPT2LMHeadModel",
-    swaps=dict(norm="layernorm", position="learned", mlp="gelu", bias=True),
+    swaps=dict(norm="layernorm", position="learned"),
     names={**{name: name for name in SAME + SIZES},
            "resid_pdrop": "dropout", "attn_pdrop": "dropout", "embd_pdrop": "dropout"},
     defaults=dict(n_inner=None, layer_norm_epsilon=1e-5, tie_word_embeddings=True, bos_token_id=50256,
                   eos_token_id=50256, resid_pdrop=0.1, attn_pdrop=0.1, embd_pdrop=0.1),
-    only={"activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),  # three names of the tanh form
-          "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+    only={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
           "quantization_config": (None,)},
+    choices={"activation_function": ("mlp", {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu",
+                                             "gelu": "gelu_erf"}),
+             "bias": ("bias", {None: True, True: True, False: False})},  # a mark of ours
     tensors={},
     prefix="transformer.",
     turned=True,
@@ -90,7 +93,9 @@ def obstacles(
 ) -> list[str]:  # settings; none where it is of the family
     "What keeps a decoder from being of a family."
     G, D = config.kv_shape
-    wrong = [name for name, value in family.swaps.items() if getattr(config, name) != value]
+    fits = {**{name: [value] for name, value in family.swaps.items()},
+            **{name: meanings.values() for name, meanings in family.choices.values()}}
+    wrong = [name for name, values in fits.items() if getattr(config, name) not in values]
     known = family.names.values()
     wrong += ["n_kv_head"] if "n_kv_head" not in known and G != config.n_head else []
     wrong += ["head_size"] if "head_size" not in known and D * config.n_head != config.n_embd else []
@@ -113,7 +118,10 @@ def hf_config(
     inner = config.n_inner or (4 * config.n_embd if family is LLAMA else None)
     ours = {**config.model_dump(), "n_kv_head": G, "head_size": D, "n_inner": inner}
     values = {theirs: ours[name] for theirs, name in family.names.items()}
-    values |= {name: known[0] for name, known in family.only.items() if known[0] is not None}
+    said = {name: known[0] for name, known in family.only.items()}
+    said |= {theirs: next(value for value, meant in known.items() if meant == ours[name])
+             for theirs, (name, known) in family.choices.items()}
+    values |= {name: value for name, value in said.items() if value is not None}
     if family is LLAMA:
         scaling, theta = config.rope_scaling, config.rope_theta
         values["rope_parameters"] = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
@@ -128,7 +136,7 @@ def read_config(
     values = read_object(path)
     if (family := FAMILIES.get(kind := str(values.get("model_type")))) is None:
         raise UsageError(f"{path}: model_type is {kind!r}, and the decoder here has only {', '.join(FAMILIES)}")
-    for name, known in family.only.items():
+    for name, known in {**family.only, **{name: [*known] for name, (_, known) in family.choices.items()}}.items():
         if (value := values.get(name, known[0])) not in known:
             allowed = " or ".join(map(repr, known))
             raise UsageError(f"{path}: {name} is {value!r}, and the decoder here has only {allowed}")
@@ -138,6 +146,7 @@ def read_config(
     ours = {name: found[theirs] for theirs, name in reversed(family.names.items())}
     ours |= {name: _token(ours[name], ours["vocab_size"]) for name in ("bos_token_id", "eos_token_id")}
     ours |= {**family.swaps, **(read_rotation(values, path) if family is LLAMA else {})}
+    ours |= {name: known[values.get(theirs, [*known][0])] for theirs, (name, known) in family.choices.items()}
     try:
         return parse(DecoderConfig, ours, str(path)), family
     except UsageError as error:  # in their words
@@ -219,6 +228,17 @@ def expected_tensors(
             yield from ((name, tuple(view.shape)) for name, view in stored.items())
 
 # %% ../nbs/05c_checkpoint.ipynb #1c5864c3
+def zero_biases(
+    config: DecoderConfig,
+    family: Family,
+) -> dict[str, tuple]:  # shapes by name; empty where nothing is lacking
+    "The tensors that a file of the family has, and a decoder that could be of it has not."
+    if config.bias or "bias" not in family.choices:
+        return {}
+    whole = expected_tensors(config.model_copy(update={"bias": True}), family)
+    return {name: shape for name, shape in whole if name.endswith(".bias")}
+
+# %% ../nbs/05c_checkpoint.ipynb #2d160190
 def table_name(config: DecoderConfig, family: Family) -> str:
     "What the family calls the table of tokens."
     return next(iter(as_stored("transformer.wte.weight", torch.empty(1, 1), config, family)))
@@ -230,15 +250,21 @@ def _misfit(stored: Stored, shape: tuple) -> str:  # empty where it fits
     return "" if stored.dtype in DTYPES else f"is of type {stored.dtype}, but only {', '.join(DTYPES)} are read"
 
 
-def _no_place(name: str, found: dict[str, Stored], config: DecoderConfig, family: Family) -> bool:
-    "Whether a tensor is neither known to be needless nor a copy of the table, as some files store a tied head."
-    table = table_name(config, family)
+def _no_place(name: str, found: dict[str, Stored], config: DecoderConfig, family: Family) -> str:
+    "Empty where a tensor is known to be needless, or is a copy of the table, as some files store a tied head."
+    table, wrong = table_name(config, family), "has no place in this decoder"
     if name != "lm_head.weight" or not config.tie_word_embeddings or _misfit(found[name], found[table].shape):
-        return not re.fullmatch(family.ignored, name)
+        return "" if re.fullmatch(family.ignored, name) else wrong
     with open_tensors([found[name], found[table]]) as read:
-        return not torch.equal(read(found[name]).float(), read(found[table]).float())
+        return "" if torch.equal(read(found[name]).float(), read(found[table]).float()) else wrong
 
-# %% ../nbs/05c_checkpoint.ipynb #f28be026
+
+def _not_zero(stored: Stored, shape: tuple) -> str:  # empty where it is
+    with open_tensors([stored]) as read:
+        wrong = "is not zero, but bias is false in config.json (take that out, and the biases are read)"
+        return _misfit(stored, shape) or (wrong if read(stored).any() else "")
+
+# %% ../nbs/05c_checkpoint.ipynb #fe544160
 def check_tensors(
     directory,  # in Hugging Face's layout
     config: DecoderConfig,
@@ -258,9 +284,11 @@ def check_tensors(
         wanted.add(name)
         if problem := _misfit(found[name], shape):
             raise UsageError(f"{found[name].path}: tensor {name} {problem}; {mend}")
+    zeros = zero_biases(config, family)
     for name in sorted(found.keys() - wanted):
-        if _no_place(name, found, config, family):
-            raise UsageError(f"{found[name].path}: tensor {name} has no place in this decoder; {mend}")
+        flaw = _not_zero(found[name], zeros[name]) if name in zeros else _no_place(name, found, config, family)
+        if flaw:
+            raise UsageError(f"{found[name].path}: tensor {name} {flaw}; {mend}")
     return found
 
 # %% ../nbs/05c_checkpoint.ipynb #0d3975e6
@@ -309,6 +337,7 @@ def write_checkpoint(
         raise UsageError(f"{min(added)} is no tensor of such a decoder; where it is LoRA's, merge_lora comes first")
     for name, tensor in decoder.state_dict().items():
         views |= as_stored(name, tensor, config, family)
+    views |= {name: torch.zeros(shape) for name, shape in zero_biases(config, family).items()}
     values = hf_config(config, str(kind).removeprefix("torch."))
     with new_files(directory) as new:
         write_weights(views, new, kind, most)
