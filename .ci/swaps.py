@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from textgen.data import batch_order
+from textgen.data import Batches
 from textgen.decoder import Decoder
-from textgen.train import decoder_config, evaluate, load_recipe, schedule, start, train_step
+from textgen.recipe import decoder_config, load_recipe
+from textgen.train import evaluate
+from textgen.trainer import next_step, start
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "nbs/results/swaps.json"
@@ -45,10 +47,10 @@ def train(changes, seed):
     "One run; what it measured, under names that end in their unit."
     run = start(recipe(changes, seed), ROOT / "runs", ROOT / "data")
     c, seconds, losses = run.config, 0.0, []
-    for step in range(c.steps):
-        x, y = map(torch.from_numpy, run.rows.batch(batch_order(len(run.rows), c.batch_size, c.seed, step)))
+    batches = Batches(run.rows, c.batch_size, c.seed)
+    for _ in range(c.steps):
         began = time.process_time()
-        losses.append(train_step(run.model, run.optimizers, x, y, schedule(step, c.steps, c.optimizer.warmup), c.optimizer.clip))
+        losses.append(next_step(run, batches).item())
         seconds += time.process_time() - began
     score = evaluate(run.model, run.prepared, c.length)
     curve = np.reshape(losses, (-1, EVERY)).mean(1).round(4).tolist()

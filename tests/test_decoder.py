@@ -11,7 +11,7 @@ from textgen.core import UsageError, parse
 from textgen.decoder import Decoder, DecoderConfig
 from textgen.llama import attention_maps
 from textgen.rotary import frequencies, read_scaling, rotate, rotation_tables
-from textgen.train import decoder_config, load_recipe
+from textgen.recipe import decoder_config, load_recipe
 
 LLAMA = dict(norm="rmsnorm", position="rotary", mlp="swiglu", bias=False)
 SCALINGS = {

@@ -193,27 +193,25 @@ def begin(recipe: str | None, out: Path | None, data: str | None, pairs: list[st
     "Say what is going to be trained, then import what that takes and check the recipe; raises UsageError."
     values = glance(recipe, out)
     changes = changed(data, pairs, values)
-    if values:
+    if values and os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
         typer.echo(headline(recipe or f"--resume --out {out}", {**values, **changes}))
-    from textgen import runs, train
     from textgen.core import UsageError
+    from textgen.recipe import load_recipe
+    from textgen.runs import read_config
 
     if recipe and not values and Path(recipe).exists() and Path(recipe).suffix not in (".yaml", ".yml"):
         raise UsageError(f"{recipe} is no recipe; to train on it: textgen train demo --data {shlex.quote(recipe)}")
-    if recipe is not None:
-        return train.load_recipe(recipe, changes)
-    if changes:
-        raise UsageError(f"{out} goes on as it began; leave out --data and --set, or name a recipe and train anew")
-    return runs.read_config(out)
+    return load_recipe(recipe, changes) if recipe else read_config(out, changes)
 
 # %% ../nbs/14_cli.ipynb #8b47a3e7
 @app.command()
 def train(
-    recipe: Annotated[str | None, Argument(metavar="RECIPE", help="demo, shakespeare, wikitext2, a YAML file")] = None,
+    recipe: Annotated[str | None, Argument(metavar="RECIPE", help="demo, shakespeare, gpt2, ..., a YAML file")] = None,
     data: Annotated[str | None, Option(metavar="PATH|NAME", help="Train on a file, folder or named dataset.")] = None,
     out: Annotated[Path | None, Option(metavar="DIR", help="Where the run goes; else to runs/RECIPE.")] = None,
     changes: Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Change the recipe. Repeatable.")] = [],
     resume: Annotated[bool, Option("--resume", help="Go on where a run was stopped.")] = False,
+    force: Annotated[bool, Option("--force", help="Resume with settings that make it another run.")] = False,
 ):
     """Train a model by a recipe.
 
@@ -222,15 +220,16 @@ def train(
       textgen train demo
       textgen train demo --data my.txt --set steps=2000 --set model.n_layer=6
       textgen train --resume --out runs/demo
+      torchrun --nproc-per-node 2 $(which textgen) train demo
     """
     if recipe is None and not (resume and out):
         raise typer.BadParameter("name one, such as demo, or go on with a run: --resume --out DIR", param_hint="RECIPE")
     config = begin(recipe, out, data, changes)
     from textgen import runs
 
-    folder, result = runs.train(config, out, resume, "data", progress=True)
-    for line in [*report(folder, result, config.sample.stories), *runs.closing_lines(result)]:
-        typer.echo(line)
+    folder, result = runs.train(config, out, resume, "data", progress=True, force=force)
+    for line in [*report(folder, result, config.sample.stories), *runs.closing_lines(result)] if result else ():
+        typer.echo(line)  # of several processes the first one has the result
 
 # %% ../nbs/14_cli.ipynb #77f37948
 def read_prompt(prompt: str | None) -> str:
