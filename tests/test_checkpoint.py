@@ -14,7 +14,7 @@ from textgen.checkpoint import GPT2, LLAMA, family_of, hf_config, obstacles, rea
 from textgen.core import TextgenError, UsageError, model_path
 from textgen.decoder import Decoder, DecoderConfig
 from textgen.export import export_model
-from textgen.gguf import gguf_tokenizer, merges_from_scores, open_model, read_gguf
+from textgen.gguf import gguf_decoder, gguf_tokenizer, merges_from_scores, open_gguf, open_model, read_gguf
 from textgen.kernels import compiler
 from textgen.native import NativeSlots, Packed
 from textgen.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
@@ -528,6 +528,18 @@ def test_gguf_gives_the_same_logits(settings, kind, tmp_path):
     assert family_of(again.config) == family_of(decoder.config) and again.config.tie_word_embeddings == decoder.config.tie_word_embeddings
     if kind == "F32": agree(again, decoder, 65)
     for a, b in zip(again.parameters(), decoder.parameters(), strict=True): assert_close(a, b, atol={"F32": 0, "Q8_0": 0.02}.get(kind, 0.01), rtol=0.01)
+
+
+@needs_gguf
+def test_gpt2_written_for_llama_cpp(tmp_path):
+    "Its GPT-2 has biases, which may be zero, and the tanh form only."
+    from textgen.peers import write_gguf
+    write_checkpoint(ours := noisy(Decoder(DecoderConfig(**SMALL, bias=False))), tmp_path/"lean")
+    write_gguf(tmp_path/"lean", "float32", tmp_path/"lean.gguf")
+    agree(gguf_decoder(open_gguf(tmp_path/"lean.gguf"), "lean.gguf"), ours, 65)
+    write_checkpoint(Decoder(DecoderConfig(**SMALL, mlp="gelu_erf")), tmp_path/"exact")
+    with pytest.raises(UsageError, match="exact: activation_function is 'gelu', llama.cpp has"): write_gguf(tmp_path/"exact", "float32", tmp_path/"exact.gguf")
+    assert not (tmp_path/"exact.gguf").exists()
 
 
 @needs_gguf

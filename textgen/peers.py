@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
 
-from .core import TextgenError, atomic_path
+from .core import TextgenError, UsageError, atomic_path
 
 # %% ../nbs/14c_peers.ipynb #fd374c5f
 SHAPES = {
@@ -97,12 +97,14 @@ def write_gguf(
     kind: str,  # of weights: "float32", "bfloat16" or "q8_0"
     path,  # the file to write
 ):
-    "A model in llama.cpp's format."
+    "A model in llama.cpp's format; raises UsageError for the exact GELU, which its GPT-2 has not."
     import gguf
 
     from textgen.weights import read_object
 
     config = read_object(Path(folder, "config.json"))
+    if config.get("activation_function") == "gelu":
+        raise UsageError(f"{folder}: activation_function is 'gelu', llama.cpp has 'gelu_new' only; take such a model")
     types, writer = gguf.GGMLQuantizationType, gguf.GGUFWriter(str(path), "gpt2")
     wanted = {"float32": types.F32, "bfloat16": types.BF16, "q8_0": types.Q8_0}[kind]
     for say, name in GGUF_SETTINGS.items():
@@ -112,9 +114,8 @@ def write_gguf(
     for name, array in gguf_tensors(folder):
         matrix = array.ndim == 2 and not name.startswith("position") and wanted is not types.F32
         writer.add_tensor(name, *((gguf.quants.quantize(array, wanted), None, wanted) if matrix else (array,)))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    for part in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{part}_to_file")()
     writer.close()
 
 # %% ../nbs/14c_peers.ipynb #3e9bf340
