@@ -23,7 +23,7 @@ LIGHT = {"core", "generator", "tokenizer", "tokenizer_io", "corpus", "files", "c
 NUMBER = r"\d\d[a-z]?_"  # of a chapter
 FOR_ALL = set(sys.stdlib_module_names) | {"numpy", "pydantic", "yaml"}
 EXTRA = {name: {"torch", "safetensors"} for name in [
-    "attention", "rotary", "decoder", "llama", "weights", "checkpoint", "gguf", "sampling", "penalties", "choosing", "slots", "kernels",
+    "attention", "rotary", "surprise", "decoder", "llama", "weights", "checkpoint", "gguf", "sampling", "penalties", "choosing", "slots", "kernels",
     "native", "scoring", "seats", "graphs", "int8", "engine", "speculative",
     "gpt", "train", "muon", "recipe", "trainer", "resume", "processes", "lora"]}
 EXTRA |= {name: {"typer"} for name in ["cli", "data_commands", "export", "benchmark"]}

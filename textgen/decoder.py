@@ -19,6 +19,7 @@ from torch import nn
 from .attention import CausalSelfAttention, KVCache, head_shape
 from .core import UsageError
 from .rotary import read_scaling, rotate, rotation_tables
+from .surprise import surprise
 
 # %% ../nbs/05_decoder.ipynb #fd315734
 def look_up(
@@ -216,12 +217,14 @@ class Decoder(nn.Module):
 
     def forward(self, ids, caches=None, positions=None, upto=None, targets=None):
         "Logits (B, T, V) of the token after each of `ids` (B, T), or the `loss`; the rest as in KVCache.update."
-        logits = self.logits(self.transformer(ids, caches, positions, upto))
-        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        x = self.transformer(ids, caches, positions, upto)  # (B, T, C)
+        return self.logits(x) if targets is None else surprise(x, self.head, targets)
+
+    head = property(lambda self: (self.lm_head or self.transformer.wte).weight)  # (V, C)
 
     def logits(self, x):
         "Scores (B, T, V) of every token, from the stream (B, T, C)."
-        return F.linear(x, (self.lm_head or self.transformer.wte).weight)
+        return F.linear(x, self.head)
 
     def loss(self, ids, targets):
         "Mean surprise at `targets` (B, T), in nats per token; -100 marks a target that does not count."

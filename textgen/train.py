@@ -68,9 +68,10 @@ def adamw(
     weight_decay: float = 0.0,  # how much of the learning rate shrinks the matrices
 ) -> torch.optim.Optimizer:
     "AdamW (Loshchilov & Hutter 2019), which shrinks matrices and tables only."
-    groups = [{"params": [w for w in weights if w.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [w for w in weights if w.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    small = [w for w in weights if w.dim() < 2] if weight_decay else []
+    groups = [{"params": [w for w in weights if all(w is not s for s in small)], "weight_decay": weight_decay},
+              {"params": small, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas, fused=True)
 
 # %% ../nbs/08_train.ipynb #6f47c71e
 class Alone:
@@ -139,8 +140,12 @@ def clipped(model, optimizers: list, clip: float | None, place) -> torch.Tensor:
     if place.scaler.is_enabled():
         for optimizer in optimizers:
             place.scaler.unscale_(optimizer)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    return place.whole(torch.nn.utils.clip_grad_norm_(weights, math.inf if clip is None else clip))
+    weights = [weight for weight in model.parameters() if weight.grad is not None]
+    norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])
+    waits = place.device.type != "cpu"  # to know the length takes long there
+    if clip is not None and (waits or place.whole(norm) > clip):
+        torch.nn.utils.clip_grads_with_norm_(weights, clip, norm)
+    return place.whole(norm)
 
 # %% ../nbs/08_train.ipynb #942f8701
 @dataclass(frozen=True)
