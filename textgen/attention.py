@@ -93,8 +93,10 @@ def split_heads(
 ):  # q (B, H, T, D), k and v (B, G, T, D)
     "Queries, keys and values of every head."
     heads = layer.c_attn(x).unflatten(-1, (-1, layer.head_size)).transpose(1, 2)  # (B, H+2G, T, D)
-    q, k, v = heads.split([layer.n_head, layer.n_kv_head, layer.n_kv_head], dim=1)
-    return (rotate(q), rotate(k), v) if rotate else (q, k, v)
+    H, G = layer.n_head, layer.n_kv_head
+    both, v = heads.split([H + G, G], dim=1)
+    q, k = (rotate(both) if rotate else both).split([H, G], dim=1)
+    return q, k, v
 
 # %% ../nbs/04_attention.ipynb #d11efb62
 def attention_weights(

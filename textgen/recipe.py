@@ -31,6 +31,7 @@ class OptimizerConfig(BaseModel):
     name: Literal["adamw", "muon"]  # muon: for the blocks' matrices, and AdamW for the rest
     learning_rate: float = Field(gt=0)  # of AdamW at its peak
     matrix_learning_rate: float = Field(gt=0)  # of Muon at its peak; AdamW alone does not use it
+    momentum: Share = 0.95  # Muon's memory for the mean gradient
     betas: tuple[Share, Share]  # AdamW's memory for the mean gradient and for its size, each below 1
     weight_decay: float = Field(ge=0)  # how much of the learning rate shrinks the matrices
     warmup: int = Field(ge=0)  # steps until the learning rate is at its peak
@@ -55,7 +56,8 @@ def make_optimizers(
         count = next((count for part, count in parts.items() if part in name), 1)
         groups.setdefault(count, {"params": [], "parts": count})["params"].append(weight)
     rest = [weight for name, weight in weights.items() if name not in blocks]
-    muon = partial(Muon, lr=config.matrix_learning_rate, weight_decay=config.weight_decay)
+    rate, momentum, decay = config.matrix_learning_rate, config.momentum, config.weight_decay
+    muon = partial(Muon, lr=rate, momentum=momentum, weight_decay=decay)
     made = [muon(list(groups.values()))] if groups else []
     return [*made, adamw(rest, config.learning_rate, config.betas, config.weight_decay)] if rest else made
 

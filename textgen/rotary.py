@@ -30,8 +30,8 @@ def rotate(
     sin,  # likewise
 ):  # (B, H, T, D)
     "Turn channels i and i + D/2 of each token by its angles (Su et al. 2021, equation 34)."
-    a, b = x.chunk(2, dim=-1)  # each (B, H, T, D/2)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)  # the angles may be finer
+    cos, sin = (table.to(x.dtype) for table in (torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)))  # (T, D)
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # the halves (a, b) of a head, and (b, a)
 
 # %% ../nbs/04a_rotary.ipynb #1770243e
 def rotation_tables(
