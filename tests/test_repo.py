@@ -118,7 +118,7 @@ def modules_are_named_after_chapters(root, tmp):
         if named != [module]: yield f"{path.name}: default_exp is {named}, not {module}"
     for path in sorted((root/"textgen").rglob("*")):
         name = path.relative_to(root/"textgen").as_posix()
-        if path.is_dir() or "__pycache__" in name or re.fullmatch(r"__init__\.py|_modidx\.py|recipes/\w+\.yaml", name): continue
+        if path.is_dir() or "__pycache__" in name or re.fullmatch(r"__init__\.py|_modidx\.py|recipes/[\w-]+\.yaml", name): continue
         if name.removesuffix(".py") not in chapters(root): yield f"textgen/{name}: no chapter of that name"
 
 
