@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 PACKAGE := settings.ini setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lab docs figures swaps benchmark hooks clean
+.PHONY: help demo test test-all lab docs figures swaps benchmark training hooks clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +31,7 @@ docs: .venv/made-dev  ## build the site into _docs: with Quarto where it is inst
 	@if command -v quarto >/dev/null; \
 	then $(BIN)/nbdev_docs && $(BIN)/python .ci/readme.py; else $(BIN)/python .ci/docs.py; fi
 
-RECIPES ?= demo shakespeare wikitext2
+RECIPES ?= $(filter-out swaps,$(basename $(notdir $(sort $(wildcard textgen/recipes/*.yaml)))))
 figures: .venv/made-dev  ## measure anew what README quotes (some minutes; Tiny Shakespeare and WikiText-2 need TEXTGEN_DATA)
 	@for recipe in $(RECIPES); do rm -rf runs/figures-$$recipe && \
 	  $(BIN)/textgen train $$recipe --out runs/figures-$$recipe && $(BIN)/python .ci/figures.py runs/figures-$$recipe || exit 1; done
@@ -41,6 +41,9 @@ swaps: .venv/made-dev  ## train GPT-2 and Llama and what lies between for chapte
 
 benchmark: .venv/made-dev  ## measure the data pipeline beside datasets, tiktoken and torch's DataLoader (needs TEXTGEN_DATA and 4 GB of disk)
 	@$(BIN)/python .ci/benchmark.py
+
+training: .venv/made-dev  ## measure training beside nanoGPT's settings (an hour on one quiet core; needs TEXTGEN_DATA)
+	@$(BIN)/textgen benchmark train --output nbs/results && rm nbs/results/train.png
 
 hooks: .venv/made-dev  ## let git merge notebooks cell by cell in this clone (nbdev's merge driver)
 	@git config merge.nbdev-merge.name "merge notebooks cell by cell"

@@ -17,6 +17,9 @@ def figures(result):
              "val nats/char": loss, "val nats/token": result["nats_per_token"], "steps": result["steps"],
              "parameters": result["parameters"], "training time s": result["training_seconds"],
              "training speed tokens/s": result["tokens_per_second"]}
+    # a run on a machine that doesn't tell them has none
+    if result.get("mfu_percent") is not None: found["mfu %"] = result["mfu_percent"]
+    if result.get("peak_memory_bytes") is not None: found["peak memory MB"] = result["peak_memory_bytes"] / 1e6
     if floor is not None: found |= {"floor nats/char": floor, "excess nats/char": loss - floor, "excess over the floor %": 100 * (loss / floor - 1)}
     if "grammatical" in result: found["grammatical stories %"] = 100 * result["grammatical"]
     return found

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TARGETS', 'AT_MOST', 'COLUMNS', 'COLOURS', 'app', 'PARTS', 'why_not', 'targets', 'shown', 'remarks', 'all_remarks',
            'draw_table', 'workload_table', 'target_table', 'tables', 'points', 'limits', 'draw_roofline', 'machine',
-           'read_names', 'read_batches', 'check_same', 'progress', 'run_parts', 'summary', 'files_for', 'measured',
-           'report', 'plans_for', 'run', 'generate']
+           'read_names', 'read_batches', 'check_same', 'progress', 'run_parts', 'count_targets', 'summary', 'files_for',
+           'measured', 'show', 'keep', 'report', 'plans_for', 'reporting', 'run', 'generate']
 
 # %% ../nbs/14f_benchmark.ipynb #bde7c06f
 import contextlib
@@ -64,10 +64,12 @@ def why_not(
 
 def targets(
     results: dict,  # with medians
+    table: dict = TARGETS,  # what is wanted
+    at_most: set = AT_MOST,  # of which keys less is better
 ) -> dict[str, dict]:  # what is wanted, what was measured and whether that is enough; or why there is nothing
     "Every target of the models and workloads that were asked for."
     held, found = {**results.get("figures", {}), "workloads": results.get("workloads", {})}, {}
-    for (title, row), wanted in TARGETS.items():
+    for (title, row), wanted in table.items():
         if title in held and (title != "workloads" or row in held[title]):
             for key, limit in wanted.items():
                 value = held[title].get(row, {}).get(key)
@@ -75,7 +77,7 @@ def targets(
                 if value is None:
                     one["why"] = why_not(held[title], row, key)
                 else:
-                    one["met"] = value <= limit if key in AT_MOST else value >= limit
+                    one["met"] = value <= limit if key in at_most else value >= limit
     return found
 
 # %% ../nbs/14f_benchmark.ipynb #9f4c895d
@@ -83,11 +85,11 @@ COLUMNS = ["tokens/s", "sampling adds %", "first token ms", *(f"{library} ×" fo
            "read GB/s", "roofline %"]
 
 
-def shown(value: float | None, target: dict | None = None) -> str:
+def shown(value: float | None, target: dict | None = None, digits: int = 3) -> str:
     "A number as it stands in a table, coloured where it has a target."
     if value is None:
         return f"? {target['wanted']:g}" if target else ""
-    text = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    text = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
     if target is None:
         return text
     sign = "≥" if value >= target["wanted"] else "<"
@@ -120,6 +122,7 @@ def draw_table(
     entries: dict[str, dict],  # by what stands at the head of a row
     columns: list[str],  # keys of an entry
     wanted: dict[str, dict],  # from `targets`
+    digits: int = 3,
 ):  # a rich Table
     "The figures of each row, and below them what has to be said."
     from rich.markup import escape
@@ -130,7 +133,7 @@ def draw_table(
     for column in columns:
         table.add_column(column, justify="right")
     for row, entry in entries.items():
-        cells = [shown(entry.get(column), wanted.get(f"{title}: {row}, {column}")) for column in columns]
+        cells = [shown(entry.get(column), wanted.get(f"{title}: {row}, {column}"), digits) for column in columns]
         table.add_row(row, *cells)
     table.caption = escape("\n".join(all_remarks(entries))) or None
     return table
@@ -155,6 +158,7 @@ def workload_table(
 # %% ../nbs/14f_benchmark.ipynb #050c2b88
 def target_table(
     wanted: dict[str, dict],  # from `targets`
+    digits: int = 3,
 ):  # a rich Table
     "What is wanted, and whether it is reached."
     from rich.markup import escape
@@ -163,7 +167,7 @@ def target_table(
     table = Table("target", "", "", title="targets", title_justify="left")
     for name, one in wanted.items():
         said = {True: "[green]met[/]", False: "[red]missed[/]"}[one["met"]] if "met" in one else escape(one["why"])
-        table.add_row(name, shown(one["measured"], one), said)
+        table.add_row(name, shown(one["measured"], one, digits), said)
     return table
 
 # %% ../nbs/14f_benchmark.ipynb #5500e791
@@ -314,14 +318,19 @@ def run_parts(plans: list[Plan], workloads: list[str], model: str, rounds: int, 
             measure_workloads(workloads, model, rounds, results, tell)
 
 # %% ../nbs/14f_benchmark.ipynb #5b334be6
+def count_targets(wanted) -> str:  # a line
+    "How many targets are met."
+    met, missed = (sum(one.get("met") is said for one in wanted) for said in (True, False))
+    return f"targets {met} of {len(wanted)} met, {missed} missed, {len(wanted) - met - missed} not measured"
+
+# %% ../nbs/14f_benchmark.ipynb #f29d418c
 def summary(results: dict) -> Iterator[str]:  # lines
     "How fast memory is, how many targets are met, and what to install for the rest."
     if roof := limits(results):
         said = [f"{size:.3g} MB at {size * tokens / 1000:.3g} GB/s" for size, tokens in roof[:1] + roof[1:][-1:]]
         yield f"memory  read by {results['memory']['cpu']['read by']}: {', '.join(said)}"
     if wanted := results["targets"].values():
-        met, missed = (sum(one.get("met") is said for one in wanted) for said in (True, False))
-        yield f"targets {met} of {len(wanted)} met, {missed} missed, {len(wanted) - met - missed} not measured"
+        yield count_targets(wanted)
     rows = [pair for entries in results.get("figures", {}).values() for pair in entries.items()]
     if absent := sorted({name.partition(" ")[0] for name, entry in rows if "not installed" in entry.get("lost", "")}):
         yield f'missing {", ".join(absent)}; to have them measured: pip install "textgen[peers]"'
@@ -350,25 +359,35 @@ def measured(results: dict) -> bool:
     groups = [*results.get("figures", {}).values(), results.get("workloads", {})]
     return any(entry.get("rounds tokens/s") or entry.get("rounds") for rows in groups for entry in rows.values())
 
-
-def report(plans: list[Plan], results: dict, figures: Path, plot: Path):
-    "Work out the figures, show them, save them and draw them; where there are none, files stay as they are."
+# %% ../nbs/14f_benchmark.ipynb #dd7d5db1
+def show(tables, lines):
+    "Print rich tables, and lines below them."
     from rich.console import Console
 
-    for plan in plans:
-        compare(plan, results)
-    results["targets"], console = targets(results), Console()
-    if not console.is_terminal:
-        console.width = 160
-    for table in tables(results):
+    console = Console()
+    console.width = console.width if console.is_terminal else 160
+    for table in tables:
         console.print(table)
-    for line in summary(results):
+    for line in lines:
         typer.echo(line)
-    if not measured(results):
-        return typer.echo("nothing was measured, and nothing is saved")
+
+# %% ../nbs/14f_benchmark.ipynb #35a2c66d
+def keep(results: dict, figures: Path):
+    "Save all figures, or leave the file as it is; raises TextgenError."
     with atomic_path(figures) as temporary:
         temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     typer.echo(f"figures {figures}")
+
+# %% ../nbs/14f_benchmark.ipynb #6e573687
+def report(plans: list[Plan], results: dict, figures: Path, plot: Path):
+    "Work out the figures, show them, save them and draw them; where there are none, files stay as they are."
+    for plan in plans:
+        compare(plan, results)
+    results["targets"] = targets(results)
+    show(tables(results), summary(results))
+    if not measured(results):
+        return typer.echo("nothing was measured, and nothing is saved")
+    keep(results, figures)
     if any(points(results)):
         draw_roofline(results, plot)
         typer.echo(f"plot    {plot}")
@@ -386,6 +405,19 @@ def plans_for(
     return [plan] * ("figures" in parts) + [card] * ("gpu" in parts)
 
 # %% ../nbs/14f_benchmark.ipynb #79b8cf2e
+@contextlib.contextmanager
+def reporting(report):  # called in the end, whatever happens
+    "Let ctrl-C end the measuring with 130, and SIGTERM likewise; figures are kept."
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        report()
+
+# %% ../nbs/14f_benchmark.ipynb #b52371d1
 def run(
     parts: list[str],  # of PARTS
     plan: Plan,
@@ -395,14 +427,8 @@ def run(
     files, results = files_for(output), {"machine": machine(plan.threads)}
     plans, workloads = plans_for(parts, plan), [part for part in parts if part in WORKLOADS]
     model = "gpt2" if "gpt2" in plan.models else plan.models[0]
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as ctrl-C: figures are kept
-    try:
+    with reporting(lambda: report(plans, results, *files)):
         run_parts(plans, workloads, model, plan.rounds, results)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        report(plans, results, *files)
     check_same(results)
 
 # %% ../nbs/14f_benchmark.ipynb #2b5f4396

@@ -180,7 +180,7 @@ REGISTRY = {
     "tokenizers": {},
     "metrics": {},
     "commands": {"data": "textgen.data_commands:app", "export": "textgen.export:app",
-                 "benchmark": "textgen.benchmark:app", "batch": "textgen.batch:app"},
+                 "benchmark": "textgen.training:app", "batch": "textgen.batch:app"},
 }
 # the model_type of a config.json, or what a file is -> the generator that reads it
 MODEL_TYPES = {"gpt2": "gpt", "llama": "gpt", "textgen": "gpt", "gguf": "gpt"}

@@ -1,0 +1,280 @@
+"""`textgen benchmark train`: the peer is what it is said to be, only steps take time, and no fault loses the others' figures.
+
+No test says how fast anything is: the machine that runs them has other things to do.
+"""
+import json, math, os, re, signal, subprocess, sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from textgen import baseline, training
+from textgen.baseline import Peer, PeerSettings, as_decoder, as_recipe, peer_batch, peer_gradient, peer_step, start_peer
+from textgen.core import TextgenError
+from textgen.training import (AT_MOST, PARTS, PLAY, ROWS, TARGETS, WIKI, Effort, compare_rows, find_targets, measure_rows, peer_time,
+                              points_of, quick_effort, recipe_of, recorder, settings_of, summary, text_of, train_peer, train_recipe)
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = [sys.executable, "-c", "import sys; from textgen.cli import main; sys.exit(main())"]  # what the script `textgen` does
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def effort(tmp_path_factory): return replace(quick_effort(), root=str(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture(scope="module")
+def text(effort): return text_of("peer", effort)
+
+
+# The peer
+
+def test_the_peer_has_the_parameters_that_nanogpt_counts():
+    "Four blocks of 12 C^2, nine norms of C, 65 characters; nanoGPT leaves positions out, and says 0.80M."
+    peer, C = Peer(PeerSettings(), 65), 128
+    counted = {name: weight.numel() for name, weight in peer.named_parameters()}
+    assert sum(counted.values()) - counted["transformer.wpe.weight"] == 4 * 12 * C * C + 9 * C + 65 * C == 795_904
+    assert counted["transformer.wpe.weight"] == 64 * C and not [name for name in counted if "bias" in name]
+
+
+def test_the_peer_begins_as_gpt2_does():
+    torch.manual_seed(0)
+    for name, weight in Peer(PeerSettings(), 65).named_parameters():
+        std = 0.02 / math.sqrt(8) if name.endswith("c_proj.weight") else 0.02
+        if weight.dim() == 2: assert weight.std().item() == pytest.approx(std, rel=0.05), name
+        else: assert (weight == 1).all()
+
+
+def test_the_peer_computes_what_a_decoder_of_ours_does():
+    torch.manual_seed(0)
+    settings = PeerSettings(n_layer=2, n_embd=32, length=16)
+    peer = Peer(settings, 11)
+    with torch.no_grad():
+        for weight in peer.parameters(): weight.add_(0.3 * torch.randn_like(weight))   # far from where all of it is nearly zero
+        ids, targets = torch.randint(11, (2, 3, 16))
+        decoder = as_decoder(peer, settings)
+        torch.testing.assert_close(decoder(ids), peer(ids), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(decoder(ids, targets=targets), peer(ids, targets), atol=1e-4, rtol=1e-4)
+
+
+def test_the_first_step_is_adamw_by_hand(text):
+    "By the sign of the gradient, a 101st of the peak rate, and by what the decay takes off matrices alone."
+    run = start_peer(text, PeerSettings(n_layer=1, n_embd=32, length=16))
+    before = {name: weight.detach().clone() for name, weight in run.model.named_parameters()}
+    state = torch.get_rng_state()
+    peer_gradient(run)
+    gradient = {name: weight.grad.clone() for name, weight in run.model.named_parameters()}
+    run.optimizer.zero_grad()
+    torch.set_rng_state(state)   # the same windows again
+    peer_step(run)
+    rate = 1e-3 / 101
+    for name, weight in run.model.named_parameters():
+        g, old = gradient[name], before[name]
+        wanted = old * (1 - rate * 0.1 * (old.dim() >= 2)) - rate * g / (g.abs() + 1e-8)
+        torch.testing.assert_close(weight.detach(), wanted, atol=1e-8, rtol=1e-5)
+
+
+def test_rates_of_the_peer(text):
+    "Up for a hundred steps, and down to a tenth by the last."
+    run = start_peer(text, PeerSettings(n_layer=1, n_embd=8, n_head=2, length=4, batch_size=1))
+    for step, rate in [(0, 1e-3 / 101), (99, 1e-3 * 100 / 101), (100, 1e-3), (1050, 5.5e-4), (2000, 1e-4)]:
+        run.step = step
+        peer_step(run)
+        assert run.optimizer.param_groups[0]["lr"] == run.optimizer.param_groups[1]["lr"] == pytest.approx(rate), step
+
+
+def test_a_long_gradient_is_clipped_and_a_short_one_is_not(text):
+    run = start_peer(text, PeerSettings(n_layer=1, n_embd=32, length=16))
+    length = lambda: torch.stack([weight.grad.norm() for weight in run.model.parameters()]).norm().item()
+    with torch.no_grad(): run.model.transformer.wte.weight.mul_(50)
+    peer_gradient(run)
+    assert length() == pytest.approx(1.0, abs=1e-4)
+    run.optimizer.zero_grad()
+    run.settings = replace(run.settings, clip=1e9)
+    peer_gradient(run)
+    assert length() > 1.1
+
+
+def test_losses_fall_and_windows_begin_anywhere(text):
+    run = start_peer(text, PeerSettings(n_layer=1, n_embd=32, length=16, steps=30, warmup=2))
+    losses = [peer_step(run) for _ in range(30)]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 1 and run.step == 30
+    found = [peer_batch(run) for _ in range(20)]
+    assert all(torch.equal(x[:, 1:], y[:, :-1]) for x, y in found)
+    data = text.split("train").tokens
+    rows = {tuple(row) for x, _ in found for row in x.tolist()}
+    assert len(rows) > 200 and all(any((data[i:i + 16] == row).all() for i in range(len(data) - 16) if data[i] == row[0]) for row in [*rows][:3])
+
+
+def test_our_trainer_gets_the_peers_settings(effort):
+    config = recipe_of("shakespeare", effort, as_recipe(PeerSettings()))
+    o = config.optimizer
+    assert (config.length, config.batch_size, config.steps, config.accumulate, config.ema) == (64, 12, 2000, 1, 0)
+    assert (o.name, o.learning_rate, o.betas, o.weight_decay, o.clip, o.warmup, o.schedule, o.floor) == \
+        ("adamw", 1e-3, (0.9, 0.99), 0.1, 1.0, 100, "cosine", 0.1)
+
+
+# What is counted
+
+class Clock:
+    "Stands for time.perf_counter: a second passes at each look."
+    def __init__(self): self.now = 0.0
+    def __call__(self): self.now += 1.0; return self.now
+
+
+def test_time_is_that_of_steps_alone(effort, text, monkeypatch):
+    "An evaluation of a hundred seconds changes nothing, for the peer and for a recipe."
+    from textgen import train, trainer
+    clock, evaluate, judged = Clock(), train.evaluate, []
+    for module in (baseline, trainer): monkeypatch.setattr(module.time, "perf_counter", clock)
+
+    def slow(*given, **more):
+        clock.now += 100
+        judged.append(1)
+        return evaluate(*given, **more)
+
+    monkeypatch.setattr(train, "evaluate", slow)
+    monkeypatch.setattr(trainer, "evaluate", slow)
+    for act, part in [(train_peer, "peer"), (train_recipe, "shakespeare")]:
+        record = {}
+        act(part, effort, 1, 5, record)
+        assert judged and record["time s"] == record["curve s"][-1] == 5 and record["step ms"] == 1000
+        judged.clear()
+
+
+def test_when_to_look():
+    assert points_of(1600, 5) == [100, 200, 400, 800, 1600] and points_of(1, 9) == [1] and points_of(7, 1)[-1] == 7
+    seen, record = [], {}
+    watch = recorder(record, 3, Effort(points=9), lambda: seen.append(1) or {"val nats/token": 2.5})
+    for step in (1, 2, 3): watch(type("Run", (), {"step": step, "seconds": step / 2}), None, None)
+    assert record == {"curve s": [0.5, 1, 1.5], "curve nats/token": [2.5] * 3, "val nats/token": 2.5, "time s": 1.5, "step ms": 500}
+
+
+def test_bits_per_byte_of_a_uniform_guess(effort, text):
+    from textgen.train import Score
+    part = text.split("validation")
+    count = len(part) - (text.eos_id is None)
+    found = training.loss_figures(Score(math.log(256), math.log(256), count), text)
+    assert found["val bits/byte"] == pytest.approx(8 * len(part) / part.bytes, rel=1e-3)
+
+
+def test_medians_and_times_against_the_peers():
+    runs = lambda *pairs: {"runs": [{"val nats/token": loss, "val nats/char": loss, "val bits/byte": loss, "time s": s, "step ms": 1.0}
+                                    for loss, s in pairs] + [{"seed": 9}]}
+    results = {"T": {"time s": 60.0}, "figures": {PLAY: {"shakespeare, T/6": runs((1.8, 9), (1.95, 10), (1.85, 12))},
+                                                  WIKI: {"peer": runs((4, 1)), "wikitext2": runs((6, 100)), "wikitext2-llama": runs((5, 110))}}}
+    compare_rows(results)
+    compare_rows(results)   # again: nothing is counted twice
+    one = results["figures"][PLAY]["shakespeare, T/6"]
+    assert (one["val nats/char"], one["time s"], one["peer ×"]) == (1.85, 10, 6) and one["seeds differ by nats/token"] == pytest.approx(0.15)
+    assert results["figures"][WIKI]["any layout"] == {"val nats/token": 5, "val nats/char": 5, "val bits/byte": 5, "time s": 110}
+    found = find_targets(results)
+    assert found[f"{PLAY}: shakespeare, T/6, val nats/char"]["met"] and found[f"{PLAY}: shakespeare, T/6, peer ×"]["met"]
+    assert not found[f"{WIKI}: wikitext2, val nats/token"]["met"] and found[f"{WIKI}: wikitext2, time s"]["met"]
+    assert found[f"{PLAY}: shakespeare, T, val nats/char"]["why"] == "not measured"
+
+
+def test_every_target_names_what_is_measured():
+    names = {(row.title, row.name) for row in ROWS} | {("speed", name) for name in training.SPEED} | {(WIKI, "any layout")}
+    assert TARGETS.keys() <= names and {row.part for row in ROWS} < {*PARTS} and {row.name.partition(",")[0] for row in ROWS} <= training.STYLES.keys()
+    wanted = {key for one in TARGETS.values() for key in one}
+    assert wanted - AT_MOST == {"peer ×"} and AT_MOST < wanted
+    for row in ROWS:   # its name says its share
+        said = re.search(r", T(?:/(\d+))?$", row.name)
+        assert row.share == (1 / int(said[1] or 1) if said else None)
+
+
+# Faults
+
+def test_a_recipe_that_is_not_there_loses_only_itself(effort, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "ROWS", [training.Row(PLAY, "no-such", "no-such, T", 1), ROWS[0]])
+    results = {"T": {"time s": 0.1, "from": "a test"}}
+    measure_rows(["no-such", "peer"], replace(effort, seeds=2), results, lambda text: None)
+    entries = results["figures"][PLAY]
+    assert "unknown recipe 'no-such'" in entries["no-such, T"]["lost"] and len(entries["peer"]["runs"]) == 1 and entries["peer"]["runs"][0]["time s"] > 0
+
+
+def test_a_loss_that_is_no_number_loses_only_itself(effort, monkeypatch):
+    broken = {**effort.changes, "optimizer.learning_rate": 1e30, "optimizer.clip": None, "optimizer.warmup": 0}
+    results = {"T": {"time s": 0.3, "from": "a test"}}
+    measure_rows(["shakespeare"], replace(effort, changes=broken), results, lambda text: None)
+    assert all("loss is" in entry["lost"] for entry in results["figures"][PLAY].values())
+    assert "loss is" in find_targets(results)[f"{PLAY}: shakespeare, T, val nats/char"]["why"]
+
+
+def test_missing_text_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TEXTGEN_DATA", "")
+    training.run(["speed", "peer", "shakespeare"], Effort(root=str(tmp_path/"data")), tmp_path/"out")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "shakespeare is not at hand" in said and "nothing was measured" in said and "? 1.898" in said and not (tmp_path/"out/train.json").exists()
+
+
+def test_T_without_the_peers_run(effort):
+    results = {"figures": {PLAY: {"peer": {"runs": [{"seed": 1, "curve s": [0.1]}]}}}}
+    assert peer_time(effort, results) > 0 and results["T"]["from"] == "a moment of the peer's steps"
+    results["figures"][PLAY]["peer"]["runs"] = [{"time s": 3.0}, {"time s": 9.0}, {"time s": 5.0}]
+    assert peer_time(effort, results) == 5
+
+
+# The command
+
+def environment(): return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+def leaves(tree, key=""):
+    if isinstance(tree, dict):
+        for name, value in tree.items(): yield from leaves(value, name)
+    elif isinstance(tree, list):
+        for value in tree: yield from leaves(value, key)
+    elif isinstance(tree, float): yield key
+
+
+def test_the_command(tmp_path):
+    "A quick run: a row for each that takes part, figures and a picture in files, keys that end in units, no targets."
+    line = [*PROGRAM, "benchmark", "train", "--quick", "--output", "out"]
+    done = subprocess.run(line, cwd=tmp_path, env={**environment(), "TEXTGEN_DATA": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "speed: 2 rounds" in done.stderr and "run 1: " in done.stderr and "Traceback" not in done.stderr
+    results = json.loads((tmp_path/"out/train.json").read_text(encoding="utf-8"))
+    assert list(results["figures"]) == ["speed", PLAY, WIKI] and results["targets"] == {} and results["machine"]["threads"] == 1
+    assert list(results["figures"]["speed"]) == ["peer", *training.SPEED]
+    for name, entry in results["figures"]["speed"].items():
+        assert len(entry["rounds ms"]) == 2 and (name == "peer") == ("peer ×" not in entry) and entry["parameters"] == results["figures"]["speed"]["peer"]["parameters"]
+    rows = {**results["figures"][PLAY], **results["figures"][WIKI]}
+    assert {row.name for row in ROWS} <= rows.keys() and all(name in done.stdout for name in rows)
+    for name, entry in rows.items():
+        if "lost" in entry: assert "unknown recipe" in entry["lost"]
+        else: assert entry["time s"] > 0 and entry["val bits/byte"] > 0
+    assert results["T"]["from"] == "the peer's whole run" and "T  " in done.stdout
+    assert all(re.search(r" ?(tokens/s|nats/token|nats/char|bits/byte|ms|s|%|×|peak)$", key) for key in leaves(results)), sorted(set(leaves(results)))
+    assert (tmp_path/"out/train.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_ctrl_c_keeps_what_was_measured(tmp_path):
+    "In the middle of a run: what came before is saved with the way so far, and the exit code is 130."
+    told = ("import textgen.training as training\ntrain = training.train_recipe\n"
+            "training.train_recipe = lambda *given: (print('begun', flush=True), train(*given[:3], 10**6, given[4]))\n")
+    code = PROGRAM[2].replace("import sys; ", f"import sys\n{told}")
+    words = "benchmark train --quick --only peer,shakespeare --output out".split()
+    process = subprocess.Popen([sys.executable, "-c", code, *words], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stdout.readline() == "begun\n"
+        os.killpg(process.pid, signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130 and error.endswith("interrupted\n") and "peer" in out, error
+    results = json.loads((tmp_path/"out/train.json").read_text(encoding="utf-8"))
+    assert results["figures"][PLAY]["peer"]["time s"] > 0 and "time s" not in results["figures"][PLAY]["shakespeare, T/14"]
+
+
+@pytest.mark.parametrize("words, said", [(["--only", "nothing"], "--only: no 'nothing'"), (["--output", "file"], "could not write to file")])
+def test_refused_at_once(words, said, tmp_path):
+    (tmp_path/"file").touch()
+    done = subprocess.run([*PROGRAM, "benchmark", "train", *words], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode in (1, 2) and done.stdout == "" and re.fullmatch(r"error: [^\n]+\n", done.stderr) and said in done.stderr, done.stderr
