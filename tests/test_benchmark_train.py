@@ -2,21 +2,17 @@
 
 No test says how fast anything is: the machine that runs them has other things to do.
 """
-import json, math, os, re, signal, subprocess, sys
+import json, math, re, signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from textgen import baseline, training
 from textgen.baseline import Peer, PeerSettings, as_decoder, as_recipe, peer_batch, peer_gradient, peer_step, start_peer
-from textgen.core import TextgenError
+from textgen.cli import main
 from textgen.training import (AT_MOST, PARTS, PLAY, ROWS, TARGETS, WIKI, Effort, compare_rows, find_targets, measure_rows, peer_time,
                               points_of, quick_effort, recipe_of, recorder, settings_of, summary, text_of, train_peer, train_recipe)
-
-ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = [sys.executable, "-c", "import sys; from textgen.cli import main; sys.exit(main())"]  # what the script `textgen` does
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,9 +143,10 @@ def test_time_is_that_of_steps_alone(effort, text, monkeypatch):
 def test_when_to_look():
     assert points_of(1600, 5) == [100, 200, 400, 800, 1600] and points_of(1, 9) == [1] and points_of(7, 1)[-1] == 7
     seen, record = [], {}
-    watch = recorder(record, 3, Effort(points=9), lambda: seen.append(1) or {"val nats/token": 2.5})
+    watch = recorder(record, 3, Effort(points=9, sample=50), lambda tokens: seen.append(tokens) or {"val nats/token": 2.5})
     for step in (1, 2, 3): watch(type("Run", (), {"step": step, "seconds": step / 2}), None, None)
     assert record == {"curve s": [0.5, 1, 1.5], "curve nats/token": [2.5] * 3, "val nats/token": 2.5, "time s": 1.5, "step ms": 500}
+    assert seen == [50, 50, None]   # the last takes the whole text
 
 
 def test_bits_per_byte_of_a_uniform_guess(effort, text):
@@ -174,6 +171,15 @@ def test_medians_and_times_against_the_peers():
     assert found[f"{PLAY}: shakespeare, T/6, val nats/char"]["met"] and found[f"{PLAY}: shakespeare, T/6, peer ×"]["met"]
     assert not found[f"{WIKI}: wikitext2, val nats/token"]["met"] and found[f"{WIKI}: wikitext2, time s"]["met"]
     assert found[f"{PLAY}: shakespeare, T, val nats/char"]["why"] == "not measured"
+
+
+def test_who_is_as_good_as_nanogpt():
+    entry = lambda loss, seconds: {"val nats/char": loss, "time s": seconds}
+    rows = {"peer": entry(1.9, 60), "shakespeare, T/6": entry(1.88, 10), "shakespeare, T/14": entry(1.898, 4), "shakespeare, T": {"lost": "no"}}
+    results = {"machine": {"processor": "it", "threads": 1, "cores": 2, "versions": {"torch": "2"}}, "targets": {"one": {"met": True}}}
+    lines = [*summary({**results, "figures": {PLAY: rows}})]
+    assert lines[1:] == ["1.898 nats/char or less: shakespeare, T/14 in 4.0 s; shakespeare, T/6 in 10.0 s", "targets 1 of 1 met, 0 missed, 0 not measured"]
+    assert "nobody" in [*summary({**results, "figures": {PLAY: {"peer": entry(1.9, 60)}}})][1]
 
 
 def test_every_target_names_what_is_measured():
@@ -220,9 +226,6 @@ def test_T_without_the_peers_run(effort):
 
 # The command
 
-def environment(): return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-
-
 def leaves(tree, key=""):
     if isinstance(tree, dict):
         for name, value in tree.items(): yield from leaves(value, name)
@@ -231,50 +234,54 @@ def leaves(tree, key=""):
     elif isinstance(tree, float): yield key
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
     "A quick run: a row for each that takes part, figures and a picture in files, keys that end in units, no targets."
-    line = [*PROGRAM, "benchmark", "train", "--quick", "--output", "out"]
-    done = subprocess.run(line, cwd=tmp_path, env={**environment(), "TEXTGEN_DATA": ""}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "speed: 2 rounds" in done.stderr and "run 1: " in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TEXTGEN_DATA", "")   # it needs no known text
+    assert main(["benchmark", "train", "--quick", "--output", "out"]) == 0
+    out, error = capsys.readouterr()
+    assert "speed: 2 rounds" in error and "run 1: " in error and "Traceback" not in error
     results = json.loads((tmp_path/"out/train.json").read_text(encoding="utf-8"))
     assert list(results["figures"]) == ["speed", PLAY, WIKI] and results["targets"] == {} and results["machine"]["threads"] == 1
     assert list(results["figures"]["speed"]) == ["peer", *training.SPEED]
     for name, entry in results["figures"]["speed"].items():
         assert len(entry["rounds ms"]) == 2 and (name == "peer") == ("peer ×" not in entry) and entry["parameters"] == results["figures"]["speed"]["peer"]["parameters"]
     rows = {**results["figures"][PLAY], **results["figures"][WIKI]}
-    assert {row.name for row in ROWS} <= rows.keys() and all(name in done.stdout for name in rows)
+    assert {row.name for row in ROWS} <= rows.keys() and all(name in out for name in rows)
     for name, entry in rows.items():
         if "lost" in entry: assert "unknown recipe" in entry["lost"]
         else: assert entry["time s"] > 0 and entry["val bits/byte"] > 0
-    assert results["T"]["from"] == "the peer's whole run" and "T  " in done.stdout
+    assert results["T"]["from"] == "the peer's whole run" and "T  " in out
     assert all(re.search(r" ?(tokens/s|nats/token|nats/char|bits/byte|ms|s|%|×|peak)$", key) for key in leaves(results)), sorted(set(leaves(results)))
     assert (tmp_path/"out/train.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs signals")
-def test_ctrl_c_keeps_what_was_measured(tmp_path):
-    "In the middle of a run: what came before is saved with the way so far, and the exit code is 130."
-    told = ("import textgen.training as training\ntrain = training.train_recipe\n"
-            "training.train_recipe = lambda *given: (print('begun', flush=True), train(*given[:3], 10**6, given[4]))\n")
-    code = PROGRAM[2].replace("import sys; ", f"import sys\n{told}")
-    words = "benchmark train --quick --only peer,shakespeare --output out".split()
-    process = subprocess.Popen([sys.executable, "-c", code, *words], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        assert process.stdout.readline() == "begun\n"
-        os.killpg(process.pid, signal.SIGINT)
-        out, error = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 130 and error.endswith("interrupted\n") and "peer" in out, error
-    results = json.loads((tmp_path/"out/train.json").read_text(encoding="utf-8"))
-    assert results["figures"][PLAY]["peer"]["time s"] > 0 and "time s" not in results["figures"][PLAY]["shakespeare, T/14"]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_keeps_what_was_measured(number, tmp_path, monkeypatch, capsys):
+    "In the middle of a run: what came before is saved with the way so far, the exit code is 130, and nobody else's ctrl-C is changed."
+    from textgen import trainer
+    step, before = trainer.next_step, signal.getsignal(signal.SIGTERM)
+
+    def interrupted(run, batches):
+        if run.step == 20 and run.config.steps == 40: signal.raise_signal(number)
+        return step(run, batches)
+
+    monkeypatch.setattr(trainer, "next_step", interrupted)
+    monkeypatch.setattr(training, "steps_for", lambda row, *given: (40, 1.0))
+    monkeypatch.setattr(training, "QUICK", {**training.QUICK, "data_options": {"train": 100, "validation": 5}})
+    monkeypatch.chdir(tmp_path)
+    assert main("benchmark train --quick --only peer,shakespeare --output out".split()) == 130
+    out, error = capsys.readouterr()
+    assert error.endswith("interrupted\n") and "peer" in out and signal.getsignal(signal.SIGTERM) is before
+    entries = json.loads((tmp_path/"out/train.json").read_text(encoding="utf-8"))["figures"][PLAY]
+    assert entries["peer"]["time s"] > 0 and entries["shakespeare, T/14"]["runs"][0]["curve s"] and "time s" not in entries["shakespeare, T/14"]
 
 
-@pytest.mark.parametrize("words, said", [(["--only", "nothing"], "--only: no 'nothing'"), (["--output", "file"], "could not write to file")])
-def test_refused_at_once(words, said, tmp_path):
+@pytest.mark.parametrize("words, code, said", [(["--only", "nothing"], 2, "--only: no 'nothing'"),
+                                               (["--output", "file"], 1, "could not write to file")])
+def test_refused_at_once(words, code, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path/"file").touch()
-    done = subprocess.run([*PROGRAM, "benchmark", "train", *words], cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert done.returncode in (1, 2) and done.stdout == "" and re.fullmatch(r"error: [^\n]+\n", done.stderr) and said in done.stderr, done.stderr
+    assert main(["benchmark", "train", *words]) == code
+    out, error = capsys.readouterr()
+    assert out == "" and re.fullmatch(r"error: [^\n]+\n", error) and said in error
