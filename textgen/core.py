@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -123,7 +123,8 @@ def _complaint(cls, problem: dict) -> str:
     key = ".".join([*path, last])
     if problem["type"] == "extra_forbidden":
         for part in path:
-            cls = cls.model_fields[part].annotation
+            kind = cls.model_fields[part].annotation
+            cls = next(k for k in (kind, *get_args(kind)) if hasattr(k, "model_fields"))  # it may be X | None
         return f"unknown key {key!r}; {suggest(last, cls.model_fields)}"
     message = problem["msg"].removeprefix("Value error, ")
     found = repr(problem["input"])

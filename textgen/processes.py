@@ -30,7 +30,7 @@ def sharded(
     mesh = init_device_mesh(device.type, (processes,))
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=True)  # else it would be whole after an evaluation
 
 # %% ../nbs/08f_processes.ipynb #db7eb210
 class Joined(Alone):
@@ -55,7 +55,10 @@ class Joined(Alone):
     reduce = lambda self, tensor: self.engine.reduce(tensor, "sum")
     any = lambda self, flag: bool(self.reduce(torch.tensor(float(flag), device=self.device)))
 
+    closed = []  # groups; where DDP is the last to let go of one, it waits for a thread that may wait for Python's lock
+
     def close(self):
+        self.closed.append(torch.distributed.group.WORLD)
         self.wait_for_everyone()  # who leaves first takes the others' connections along
         torch.distributed.destroy_process_group()
 
@@ -100,9 +103,12 @@ class Together(Joined):
 def find_place(config: TrainConfig) -> Alone:
     "The surroundings that this process was started in: alone, or as one of several; raises UsageError, TextgenError."
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    asked = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"  # accelerate launch --use_fsdp
     if processes == 1:
         if config.sharded:
             raise UsageError("sharded is for several processes; start it with torchrun, or leave it out")
         return Alone(find_device(config.device), config.precision)
-    return Together(config.device, config.precision, config.sharded or asked)
+    asked = os.environ.pop("ACCELERATE_USE_FSDP", None)  # accelerate launch --use_fsdp; here the sharding is ours
+    try:
+        return Together(config.device, config.precision, config.sharded or str(asked).lower() == "true")
+    finally:
+        os.environ |= {"ACCELERATE_USE_FSDP": asked} if asked else {}

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from .core import UsageError, atomic_path, derive_seed
+from .core import TextgenError, UsageError, atomic_path, derive_seed
 from .corpus import parse as parse_story
 
 # %% ../nbs/12_runs.ipynb #34653b49
@@ -251,7 +251,7 @@ def claimed(
         folder.mkdir(parents=True, exist_ok=True)
         with lock:
             for left in [*folder.glob(".*.tmp"), *folder.glob(".saving-*"), *folder.glob("checkpoints/.*.tmp")]:
-                shutil.rmtree(left, ignore_errors=True)  # by a process that was killed
+                shutil.rmtree(left) if left.is_dir() else left.unlink()  # by a process that was killed
             yield
     except filelock.Timeout:
         raise UsageError(f"another process is training in {folder}; wait for it, or choose another --out") from None
@@ -270,21 +270,21 @@ def new_folder(recipe: str, out=None) -> Path:
     return Path(out)
 
 # %% ../nbs/12_runs.ipynb #7f8fbe90
-def final_score(run) -> dict:
-    "The held-out loss of what is handed on: as recorded, or measured again where the record is lost."
-    from textgen.trainer import judge
+def final_score(
+    run,
+    decoder,  # that is handed on
+) -> dict:
+    "Its held-out loss: as recorded, or measured again where the record is lost."
+    from textgen.train import evaluate
 
-    def recorded():
-        scores = [line for line in read_lines(run.folder) if "validation" in line]
-        last = [line["validation"] for line in scores if run.config.keep_best or line["step"] == run.step]
-        return min(last, key=lambda score: score["nats_per_token"], default=None) if run.config.keep_best else (
-            last[-1] if last else None)
-
-    if (score := run.place.agree(recorded)) is None:
-        made = judge(run)
-        recorder(run)(run, None, made)  # nobody knows the loss of the last batch any more
-        score = asdict(made)
-    return score
+    best, c = run.config.keep_best, run.config
+    for line in reversed(read_lines(run.folder)):
+        score = line.get("validation")
+        if score and (score["nats_per_token"] == run.best if best else line["step"] == run.step):
+            return score
+    made = evaluate(decoder, run.prepared, c.length, tokens=c.evaluate_tokens)
+    recorder(run)(run, None, made)  # nobody knows the loss of the last batch any more
+    return asdict(made)
 
 # %% ../nbs/12_runs.ipynb #e840153b
 def peak_memory(device) -> int | None:  # bytes; None where nobody tells
@@ -311,10 +311,11 @@ def finish(run, peak: float | None = None) -> dict:  # what is in result.json
     from textgen.gpt import GPT
     from textgen.trainer import flops_per_token, usable
 
-    score, best, device = final_score(run), run.folder / "best", run.place.device
+    best, device = run.folder / "best", run.place.device
     decoder = read_checkpoint(best).to(device) if run.config.keep_best and best.is_dir() else usable(run)
     if not run.place.is_main_process:
         return {}
+    score = final_score(run, decoder)
     model = GPT(decoder, run.prepared.tokenizer, run.config.sample.settings)
     percent = 100 * flops_per_token(decoder.config, run.config.length) * speed(run) / peak if peak else None
     result = {"recipe": run.config.recipe, "seed": run.config.seed, "steps": run.step, **score,
@@ -374,6 +375,9 @@ def begin(run, resume: bool, progress: bool):
 
     if resume:
         restore(run)
+        if run.step != (first := run.place.agree(lambda: run.step)):
+            raise TextgenError(f"this process would go on from step {run.step} of {run.folder}, and the first one from "
+                               f"{first}; let all of them see the same folder")
     if run.place.is_main_process:
         rewind(run.folder, run.step) if resume else new_folder(run.config.recipe, run.folder)  # not taken meanwhile
         write_config(run.config, run.folder)

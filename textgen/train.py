@@ -128,8 +128,9 @@ def train_step(
             place.scaler.scale(loss * place.num_processes).backward()  # gradients of processes are averaged
         total += loss.detach()
     norm = clipped(model, optimizers, clip, place)
+    overflow = place.scaler.is_enabled() and not norm.isfinite()  # then none of them moves
     for optimizer in optimizers:
-        place.scaler.step(optimizer)
+        None if overflow else place.scaler.step(optimizer)
         optimizer.zero_grad()
     place.scaler.update()
     return place.reduce(total), norm

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Run', 'find_shape', 'check', 'notes', 'start', 'trained', 'new_model', 'follow', 'averaged', 'put_weights', 'usable',
-           'judge', 'write_model', 'Interrupted', 'dealt', 'next_step', 'read_losses', 'fit', 'flops_per_token',
-           'matmul_peak']
+           'judge', 'write_model', 'Interrupted', 'diverged', 'dealt', 'next_step', 'read_losses', 'fit',
+           'flops_per_token', 'matmul_peak']
 
 # %% ../nbs/08d_trainer.ipynb #3c267094
 import contextlib
@@ -75,8 +75,8 @@ def check(
         if (have := len(prepared.split(split).tokens)) < need:
             raise UsageError(f"{where}: the {split} part has {have} tokens, and one chunk with its shifted targets "
                              f"takes {need}; give more text, or a smaller length")
-    if (have := (len(prepared.split("train").tokens) - 1) // c.length) < c.batch_size:
-        raise UsageError(f"{where}: batch_size {c.batch_size} is more than the number of chunks, {have}; "
+    if (have := len(training_rows(prepared, c.length, c.rows))) < c.batch_size:
+        raise UsageError(f"{where}: batch_size {c.batch_size} is more than the number of rows to learn from, {have}; "
                          f"set batch_size to at most {have}, or give more text")
     if c.batch_size % (cut := c.accumulate * processes):
         raise UsageError(f"{where}: batch_size {c.batch_size} cannot be cut into {c.accumulate} equal parts on each of "
@@ -171,12 +171,15 @@ def usable(run: Run) -> Decoder:
     decoder.load_state_dict(state, assign=True)
     return merge_lora(decoder.to(run.place.device))
 
-
+# %% ../nbs/08d_trainer.ipynb #4423b630
 def judge(run: Run):  # a Score
     "Evaluate, and keep the weights if they are the best so far and the recipe wants them."
     c = run.config
     with averaged(run):
-        score = evaluate(run.model, run.prepared, c.length, tokens=c.evaluate_tokens)
+        own = evaluate(run.model, run.prepared, c.length, tokens=c.evaluate_tokens)
+    score = run.place.agree(lambda: own)  # where processes round in other ways, they must not part here
+    if not math.isfinite(score.nats_per_token):
+        raise diverged(run, f"after step {run.step} the held-out loss is {score.nats_per_token}")
     better = score.nats_per_token < run.best
     run.best, run.worse = (score.nats_per_token, 0) if better else (run.best, run.worse + 1)
     if better and c.keep_best:
@@ -196,6 +199,13 @@ def write_model(run: Run, path: Path):
 class Interrupted(TextgenError):
     "Training was asked to stop, and has saved where it was."
     exit_code = 130
+
+
+def diverged(run: Run, what: str) -> TextgenError:
+    "What to do where numbers are none any more."
+    saved = sorted(Path(run.folder, "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name))
+    left = f"the last good checkpoint is {saved[-1]}" if saved else "nothing was saved yet"
+    return TextgenError(f"{what}; lower the learning rate or the clip; {left}")
 
 # %% ../nbs/08d_trainer.ipynb #453ccce8
 def dealt(run: Run) -> Batches:
@@ -222,10 +232,7 @@ def read_losses(run: Run, losses: list) -> float:  # the last one
     "Fetch losses of the last steps from the device; raises TextgenError that names the first that is no number."
     values = torch.stack(losses).tolist()
     if wrong := [i for i, value in enumerate(values) if not math.isfinite(value)]:
-        saved = sorted(Path(run.folder, "checkpoints").glob("step-*"))
-        left = f"the last good checkpoint is {saved[-1]}" if saved else "nothing was saved yet"
-        raise TextgenError(f"at step {run.step - len(values) + 1 + wrong[0]} the loss is {values[wrong[0]]}; lower the "
-                           f"learning rate or the clip; {left}")
+        raise diverged(run, f"at step {run.step - len(values) + 1 + wrong[0]} the loss is {values[wrong[0]]}")
     losses.clear()
     return values[-1]
 
