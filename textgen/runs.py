@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recorder', 'speed', 'read_lines', 'rewind', 'stop_signals', 'progress_bar', 'describe', 'draw_curve', 'beginnings',
            'write_samples', 'storyteller', 'read_config', 'write_config', 'folder_to_resume', 'claimed', 'new_folder',
-           'final_score', 'peak_memory', 'machine', 'finish', 'train', 'closing', 'begin', 'closing_lines']
+           'figures', 'final_score', 'peak_memory', 'machine', 'finish', 'train', 'closing', 'begin', 'closing_lines']
 
 # %% ../nbs/12_runs.ipynb #a9b86d37
 import contextlib
@@ -269,6 +269,21 @@ def new_folder(recipe: str, out=None) -> Path:
         raise UsageError(f"run directory {str(out)!r} exists; choose another --out, or go on with it by --resume")
     return Path(out)
 
+# %% ../nbs/12_runs.ipynb #e021b0a2
+def figures(
+    result: dict,  # of a run
+) -> dict[str, float | None]:  # None: nobody could tell
+    "The numbers of a result, under names that end in their unit."
+    share = lambda value, whole: None if None in (value, whole) else 100 * value / whole
+    loss, floor, memory = result["nats_per_char"], result["floor"], result["peak_memory_bytes"]
+    return {"val nats/char": loss, "val nats/token": result["nats_per_token"], "floor nats/char": floor,
+            "excess nats/char": None if floor is None else loss - floor,
+            "excess over the floor %": None if floor is None else 100 * (loss / floor - 1),
+            "grammatical stories %": share(result.get("grammatical"), 1), "steps": result["steps"],
+            "parameters": result["parameters"], "training time s": result["training_seconds"],
+            "training speed tokens/s": result["tokens_per_second"], "mfu %": result["mfu_percent"],
+            "peak memory MB": None if memory is None else memory / 1e6}
+
 # %% ../nbs/12_runs.ipynb #7f8fbe90
 def final_score(
     run,
@@ -324,8 +339,9 @@ def finish(run, peak: float | None = None) -> dict:  # what is in result.json
               "mfu_percent": percent, "peak_memory_bytes": peak_memory(device), **write_samples(run, model)}
     draw_curve(run.folder)
     model.save(run.folder)
-    with atomic_path(run.folder / "result.json") as path:
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for name, values in {"metrics.json": figures(result), "result.json": result}.items():
+        with atomic_path(run.folder / name) as path:
+            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return result
 
 # %% ../nbs/12_runs.ipynb #ee859840
