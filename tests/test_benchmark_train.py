@@ -69,7 +69,7 @@ def test_the_first_step_is_adamw_by_hand(text):
     for name, weight in run.model.named_parameters():
         g, old = gradient[name], before[name]
         wanted = old * (1 - rate * 0.1 * (old.dim() >= 2)) - rate * g / (g.abs() + 1e-8)
-        torch.testing.assert_close(weight.detach(), wanted, atol=1e-8, rtol=1e-5)
+        torch.testing.assert_close(weight.detach(), wanted, atol=2e-7, rtol=0)   # what the decay takes off a norm is 1e-6
 
 
 def test_rates_of_the_peer(text):
