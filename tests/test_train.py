@@ -26,7 +26,6 @@ TINY = {"data": "text.txt", "data_options": {}, "tokenizer": "char", "device": "
         "evaluate_every": 10, "checkpoint_every": 5, "log_every": 1, "sample.prompts": 1, "sample.stories": 0,
         "sample.settings": {"max_new_tokens": 8}, "optimizer.warmup": 5}
 ALL = {"model.dropout": 0.1, "ema": 0.9, "accumulate": 2, "keep_best": True, "sample.every": 7, "evaluate_every": 8}  # at once
-EPOCH = 20  # steps, about
 
 
 @pytest.fixture
@@ -244,7 +243,7 @@ def test_two_processes_killed_end_with_the_same_bits(home, nursery, sharded):
     same(home/"whole", home/"killed")
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["all weights each", "half of them each"])
+@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.slow), True], ids=["all weights each", "half of them each"])
 def test_two_processes_stop_at_the_same_step(home, nursery, sharded):
     "A signal to one of them stops both, at once and well; what they saved ends as if nothing had been."
     more = {**ALL, "steps": 24, "sharded": sharded, "checkpoint_every": 24}
@@ -305,6 +304,7 @@ def test_dropout_differs_between_processes_and_comes_again(home, nursery):
     same("a", "b")
 
 
+@pytest.mark.slow
 def test_mixed_precision_on_two_processes(home, nursery):
     more = dict(precision="bf16", steps=12)
     go("one", **more)
@@ -322,6 +322,12 @@ def test_one_fails_and_the_other_is_not_left_waiting(where, home, nursery):
     code = pair[1].wait(30)
     assert code not in (0, None) and "lost" in pair[1].said
     pair[0].kill()
+
+
+@pytest.mark.slow
+def test_the_end_of_two_processes_is_no_deadlock(home, nursery):
+    "Were DDP the last to let go of the connections, it would hold Python's lock, which their threads want: now and then, so again and again."
+    for attempt in range(15): ended(*nursery.together(typed(f"run-{attempt}", steps=3), home), seconds=45)
 
 
 @pytest.mark.slow
@@ -698,7 +704,8 @@ def test_patience_ends_the_run_and_the_best_is_handed_on(home):
     assert last["steps"] == result["steps"] and last["nats_per_token"] == scores[-1] == held_out("last").nats_per_token
 
 
-@pytest.mark.parametrize("more", [{}, {"ema": 0.9}, {"lora": {"rank": 2, "alpha": 4}}], ids=["plain", "average", "lora"])
+@pytest.mark.parametrize("more", [pytest.param({}, marks=pytest.mark.slow), {"ema": 0.9},
+                                  pytest.param({"lora": {"rank": 2, "alpha": 4}}, marks=pytest.mark.slow)], ids=["plain", "average", "lora"])
 def test_the_best_survives_a_stop_anywhere(more, home, monkeypatch):
     "Whatever step it is stopped at."
     more = {**WORSENING, **more, "patience": 3, "keep_best": True}
