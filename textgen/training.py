@@ -47,7 +47,6 @@ ROWS = [
     Row(PLAY, "shakespeare-llama", "shakespeare-llama, T", 1),
     Row(WIKI, "wikitext2-peer", "peer"),
     Row(WIKI, "wikitext2", "wikitext2"),
-    Row(WIKI, "wikitext2-llama", "wikitext2-llama"),
 ]
 PARTS = ["speed", *dict.fromkeys(row.part for row in ROWS)]
 
@@ -349,7 +348,7 @@ def find_targets(results: dict) -> dict[str, dict]:  # as textgen.benchmark.targ
 
 # %% ../nbs/14g_training.ipynb #a4b0685b
 STYLES = {"peer": "black", "shakespeare": "tab:red", "shakespeare-fast": "tab:orange", "shakespeare-llama": "tab:blue",
-          "wikitext2": "tab:red", "wikitext2-llama": "tab:blue"}
+          "wikitext2": "tab:red"}
 
 
 def draw_rows(axes, entries: dict):  # of one text, by row
