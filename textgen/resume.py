@@ -7,7 +7,6 @@ __all__ = ['HARMLESS', 'training_tensors', 'place_in', 'save_checkpoint', 'check
            'load_checkpoint', 'put_back', 'put_best_back', 'restore', 'flat', 'changes']
 
 # %% ../nbs/08e_resume.ipynb #d56675a9
-import hashlib
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from safetensors.torch import save
 
 from .checkpoint import hf_config, read_checkpoint
 from .core import TextgenError, UsageError, atomic_path
+from .files import sha256_of
 from .gpt import GPT
 from .recipe import TrainConfig
 from .trainer import Run, put_weights, trained, usable
@@ -88,7 +88,7 @@ def prune(folder: Path, newest: Path, keep: int):
 
 def sums(path: Path) -> dict[str, str]:  # SHA-256 by name
     "What tells whether the tensors of a checkpoint are as they were written."
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.glob("*.safetensors"))}
+    return {file.name: sha256_of(file) for file in sorted(path.glob("*.safetensors"))}
 
 
 def linked(source, target):
