@@ -21,10 +21,13 @@ def surprises(
     batch_size: int = 32,  # rows read at once, or fewer: what they need should fit the device's fast memory
 ) -> list[np.ndarray]:  # of each row, (its length - 1,) float32: nats of every token but the first
     "How surprising each token is after those before it."
+    if not len(rows):
+        return []
     small, V = decoder.transformer.wte.weight.device.type == "cpu", decoder.config.vocab_size
     most = min(2**10 if small else 2**16, 2**26 // V)  # tokens at once
-    order, results = sorted(range(len(rows)), key=lambda i: -len(rows[i])), [None] * len(rows)
-    end = 0
+    # What is kept lies in one piece: pieces of each turn, between the scores of two turns, would hold gigabytes.
+    order, ends = sorted(range(len(rows)), key=lambda i: -len(rows[i])), np.cumsum([len(row) - 1 for row in rows])
+    results, end = np.split(np.empty(ends[-1], np.float32), ends[:-1]), 0
     with evaluating(decoder):
         while (begin := end) < len(rows):
             end = begin + max(1, min(batch_size, most // len(rows[order[begin]])))
@@ -33,7 +36,7 @@ def surprises(
             logits = decoder(ids[:, :-1])  # (B, T, V)
             nats = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
             for i, row in zip(group, nats.view(len(group), -1).cpu().numpy()):
-                results[i] = row[: len(rows[i]) - 1]
+                results[i][:] = row[: len(rows[i]) - 1]
     return results
 
 # %% ../nbs/06f_scoring.ipynb #5fe2b231
