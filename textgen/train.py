@@ -120,28 +120,29 @@ def train_step(
     "Move every weight once."
     place = place or Alone()
     counts = torch.stack([(y != -100).sum() for _, y in parts])
-    shares, total = counts / place.reduce(counts.sum()), 0.0
+    shares, total = counts * (place.num_processes / place.reduce(counts.sum())), 0.0
     for i, (x, y) in enumerate(parts):
         with nullcontext() if i + 1 == len(parts) else place.no_sync(model):
             with place.autocast():
                 loss = model(x, targets=y) * shares[i]
-            place.scaler.scale(loss * place.num_processes).backward()  # gradients of processes are averaged
+            place.scaler.scale(loss).backward()  # gradients of processes are averaged
         total += loss.detach()
-    norm = clipped(model, optimizers, clip, place)
+    norm = clipped(optimizers, clip, place)
     overflow = place.scaler.is_enabled() and not norm.isfinite()  # then none of them moves
     for optimizer in optimizers:
         None if overflow else place.scaler.step(optimizer)
         optimizer.zero_grad()
     place.scaler.update()
-    return place.reduce(total), norm
+    return place.reduce(total) / place.num_processes, norm
 
 # %% ../nbs/08_train.ipynb #303cbcbe
-def clipped(model, optimizers: list, clip: float | None, place) -> torch.Tensor:
+def clipped(optimizers: list, clip: float | None, place) -> torch.Tensor:
     "Divide gradients by what the scaler has multiplied the loss with, and clip them; how long they were."
     if place.scaler.is_enabled():
         for optimizer in optimizers:
             place.scaler.unscale_(optimizer)
-    weights = [weight for weight in model.parameters() if weight.grad is not None]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    weights = [weight for group in groups for weight in group["params"] if weight.grad is not None]
     norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])
     waits = place.device.type != "cpu"  # to know the length takes long there
     if clip is not None and (waits or place.whole(norm) > clip):
