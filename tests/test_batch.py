@@ -185,7 +185,7 @@ def test_one_process_fails_and_the_other_does_not_hang(work):
     line = "batch --model moon --prompts prompts.jsonl --output half.jsonl --max-new-tokens 30 --seed 3 --device cpu --batch-size 2"
     processes = pair(line, work, (PROGRAM, FAILS))
     errors = [process.communicate(timeout=90)[1] for process in processes]
-    assert [process.returncode for process in processes] in ([1, 1], [1, -6], [-6, 1], [-6, -6])  # gloo may abort a process that leaves with an error, errors
+    assert [process.returncode for process in processes] == [1, 1], errors
     assert "another process has failed" in errors[0] and "error: the card is broken" in errors[1] and not (work/"half.jsonl").exists()
     kept = sum(len(lines_of(part)) for part in (work/"half.jsonl.parts").glob("part-*.jsonl"))
     assert 0 < kept < 31

@@ -300,16 +300,15 @@ def write_batch(
     **options,  # of the model's `load`
 ) -> dict:  # prompts, tokens, seed; raises UsageError, Interrupted
     "Continue every prompt of a file, together with the other processes if there are any."
-    output, place, others = Path(output), find_place(options.get("device")), {**settings}
+    output, others = Path(output), {**settings}
     asked = {"model": model, "prompts": prompts, "seed": others.pop("seed", None), "settings": others,
              "dtype": options.get("dtype")}
-    with contextlib.ExitStack() as stack:
+    with find_place(options.get("device")) as place, contextlib.ExitStack() as stack:
         folder = place.agree(lambda: stack.enter_context(claimed(output, resume, force)))
         record = place.agree(lambda: begin(output, asked, resume, force, folder))
         options |= {"dtype": record["dtype"], "device": device_of(place, options)}
         write_all(place, record, folder, output, batch_size, progress, options)
         tokens = place.agree(lambda: join(folder, output, record["count"]))
-    place.close()
     return {"prompts": record["count"], "tokens": tokens, "seed": record["seed"]}
 
 # %% ../nbs/14h_batch.ipynb #0a4ea1df

@@ -16,6 +16,7 @@ from .gpt import find_device
 from .muon import placed, whole
 from .recipe import TrainConfig
 from .train import Alone, Precision
+from .trainer import Interrupted
 
 # %% ../nbs/08f_processes.ipynb #e25056d9
 def sharded(
@@ -57,10 +58,12 @@ class Joined(Alone):
 
     closed = []  # groups; where DDP is the last to let go of one, it waits for a thread that may wait for Python's lock
 
-    def close(self):
+    def __exit__(self, kind, error, trace):
         self.closed.append(torch.distributed.group.WORLD)
-        self.wait_for_everyone()  # who leaves first takes the others' connections along
-        torch.distributed.destroy_process_group()
+        if kind is None or issubclass(kind, Interrupted):  # all of them end
+            self.wait_for_everyone()  # who leaves first takes the others' connections along
+        with contextlib.suppress(RuntimeError):  # connections that are lost already
+            torch.distributed.destroy_process_group()
 
     agree = lambda self, decide: agreed(self, decide)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recorder', 'speed', 'read_lines', 'rewind', 'stop_signals', 'progress_bar', 'describe', 'draw_curve', 'beginnings',
            'write_samples', 'storyteller', 'read_config', 'write_config', 'folder_to_resume', 'claimed', 'new_folder',
-           'figures', 'final_score', 'peak_memory', 'machine', 'finish', 'train', 'closing', 'begin', 'closing_lines']
+           'figures', 'final_score', 'peak_memory', 'machine', 'finish', 'train', 'begin', 'closing_lines']
 
 # %% ../nbs/12_runs.ipynb #a9b86d37
 import contextlib
@@ -358,11 +358,11 @@ def train(
     from textgen.resume import save_checkpoint
     from textgen.trainer import fit, matmul_peak, start
 
-    place = find_place(config)
     choose = lambda: folder_to_resume(config, out, force) if resume else new_folder(config.recipe, out)
-    folder, main = place.agree(choose), place.is_main_process
-    run = start(config, folder, root, progress and main, place)
-    with claimed(folder) if main else contextlib.nullcontext(), closing(place):
+    with find_place(config) as place, contextlib.ExitStack() as stack:
+        folder, main = place.agree(choose), place.is_main_process
+        run = start(config, folder, root, progress and main, place)
+        stack.enter_context(claimed(folder) if main else contextlib.nullcontext())
         begin(run, resume, progress)
         peak = matmul_peak(place)
         log, tell = recorder(run, peak) if main else lambda *news: None, storyteller(run)
@@ -371,19 +371,6 @@ def train(
         return folder, finish(run, peak)
 
 # %% ../nbs/12_runs.ipynb #854c5551
-@contextlib.contextmanager
-def closing(place):
-    "Part from the other processes in the end, also where all of them have been stopped."
-    from textgen.trainer import Interrupted
-
-    try:
-        yield
-    except Interrupted:
-        place.close()
-        raise
-    place.close()
-
-
 def begin(run, resume: bool, progress: bool):
     "Put a run where it is to go on, and write down its recipe."
     from textgen.resume import restore
