@@ -129,6 +129,25 @@ def test_resuming_is_the_same_continuation(n, size, ranks, seed, start):
         assert (x == whole[start + i][0]).all() and (y == whole[start + i][1]).all()
 
 
+@same_each_time
+@given(**world, apart=st.integers(1, 20))
+def test_chunks_that_are_apart(n, size, ranks, seed, start, apart):
+    "An epoch takes rows at equal distances, each once, from a first one that any process finds; fewer rows than that are one chunk."
+    count = max(1, n // apart)
+    start = start * count
+    loaders = [Batches(Chunks(np.arange(n + 1), 1), size, seed, start, rank, ranks, apart) for rank in range(ranks)]
+    took = np.sort(np.array([[loader[i][0][:, 0] for loader in loaders] for i in range(count)]).reshape(-1, count))
+    assert (np.diff(took) == apart).all() and (took[:, 0] < apart).all() and took.max() < n
+
+
+def test_every_beginning_is_as_likely():
+    "400 epochs, 8 beginnings: chi-squared below the 99.9th percentile at this seed; and another seed has others."
+    firsts = lambda seed: [Batches(Chunks(np.arange(81), 1), 10, seed, apart=8)[epoch][0].min() for epoch in range(400)]
+    counts = np.bincount(firsts(1), minlength=8)
+    assert len(counts) == 8 and ((counts - 50) ** 2 / 50).sum() < 24.3
+    assert firsts(1) != firsts(2)
+
+
 def test_data_loader_with_workers():
     "torch's DataLoader deals the batches out to processes and gives them in order."
     import torch

@@ -107,15 +107,17 @@ def batch_order(
 
 
 @functools.lru_cache(maxsize=4)
-def _block(n_chunks: int, batch_size: int, seed: int, rank: int, ranks: int, block: int) -> np.ndarray:  # (256, B)
-    "A rank's chunks of 256 steps."
+def _block(n_chunks: int, batch_size: int, seed: int, rank: int, ranks: int, block: int, apart: int = 1) -> np.ndarray:
+    "A rank's chunks of 256 steps, (256, B); or rows so far apart, that begin at another one in each epoch."
     if min(n_chunks, batch_size, ranks) < 1:
         raise UsageError(f"n_chunks {n_chunks}, batch_size {batch_size} and ranks {ranks}: each must be 1 or more")
     if not 0 <= rank < ranks or min(seed, block) < 0:
         raise UsageError(f"rank {rank} of {ranks}, seed {seed}, steps {256 * block} on: all from 0, rank below {ranks}")
     parts = np.arange(256 * block, 256 * (block + 1)) * ranks + rank
     places = parts[:, None] * batch_size + np.arange(batch_size)  # (256, B)
-    return chunk_at(places.ravel(), n_chunks, seed).reshape(places.shape)
+    n = max(1, n_chunks // apart)
+    firsts = _splitmix(np.uint64(seed), np.uint64(2**63) + (places // n).astype(np.uint64)) % min(apart, n_chunks)
+    return chunk_at(places.ravel(), n, seed).reshape(places.shape) * apart + firsts.astype(np.int64)
 
 # %% ../nbs/03_data.ipynb #40b221e9
 class Batches:
@@ -128,9 +130,10 @@ class Batches:
         step: int = 0,  # whose batch comes first
         rank: int = 0,  # which of the processes that train together, from 0
         ranks: int = 1,  # how many they are
+        apart: int = 1,  # take one chunk of so many, and begin with another one in each epoch
     ):
         self.chunks, self.step = chunks, step
-        self.block = functools.partial(_block, len(chunks), batch_size, seed, rank, ranks)  # 256 steps of the order
+        self.block = functools.partial(_block, len(chunks), batch_size, seed, rank, ranks, apart=apart)  # 256 steps
         self.block(step // 256)  # raises UsageError now rather than in the loop
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:  # x and y, (B, L) int64

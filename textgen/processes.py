@@ -55,17 +55,15 @@ class Joined(Alone):
 
     reduce = lambda self, tensor: self.engine.reduce(tensor, "sum")
     any = lambda self, flag: bool(self.reduce(torch.tensor(float(flag), device=self.device)))
-
+    agree = lambda self, decide: agreed(self, decide)
     closed = []  # groups; where DDP is the last to let go of one, it waits for a thread that may wait for Python's lock
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind, *error):
         self.closed.append(torch.distributed.group.WORLD)
         if kind is None or issubclass(kind, Interrupted):  # all of them end
             self.wait_for_everyone()  # who leaves first takes the others' connections along
         with contextlib.suppress(RuntimeError):  # connections that are lost already
             torch.distributed.destroy_process_group()
-
-    agree = lambda self, decide: agreed(self, decide)
 
 # %% ../nbs/08f_processes.ipynb #953abff2
 def agreed(place: Joined, decide):

@@ -221,8 +221,8 @@ class DocumentRows(Chunks):
         return super().batch(self.starts[indices])
 
 # %% ../nbs/08_train.ipynb #4b05e1ee
-def training_rows(prepared: Prepared, length: int, rows: str) -> Chunks:
-    "Rows that begin at documents where that is asked for and documents have an end; else chunks."
+def training_rows(prepared: Prepared, length: int, rows: str) -> tuple[Chunks, int]:  # and Batches' `apart`
+    "Rows that begin at documents where that is asked for and documents have an end; else all that chunks are taken of."
     part = prepared.split("train")
     by_document = rows == "documents" and prepared.eos_id is not None and len(part.documents) > 2
-    return DocumentRows(part, length) if by_document else Chunks(part.tokens, length)
+    return (DocumentRows(part, length), 1) if by_document else (Chunks(part.tokens, length, stride=1), length)

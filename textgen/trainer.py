@@ -42,6 +42,7 @@ class Run:
     learner: torch.nn.Module  # what gives the loss of a batch: the model, or what shares it between processes
     optimizers: list
     rows: Chunks
+    apart: int  # rows from one that is taken to the next
     place: Alone
     average: dict = field(default_factory=dict)  # of the weights, by name; empty where the recipe asks for none
     step: int = 0
@@ -105,7 +106,8 @@ def check(
         if (have := len(prepared.split(split).tokens)) < need:
             raise UsageError(f"{where}: the {split} part has {have} tokens, and one chunk with its shifted targets "
                              f"takes {need}; give more text, or a smaller length")
-    if (have := len(training_rows(prepared, c.length, c.rows))) < c.batch_size:
+    rows, apart = training_rows(prepared, c.length, c.rows)
+    if (have := max(1, len(rows) // apart)) < c.batch_size:
         raise UsageError(f"{where}: batch_size {c.batch_size} is more than the number of rows to learn from, {have}; "
                          f"set batch_size to at most {have}, or give more text")
     if c.batch_size % (cut := c.accumulate * processes):
@@ -128,7 +130,7 @@ def notes(run: Run) -> Iterator[str]:  # a line for each
 def keep_memory() -> bool:  # whether it can be asked for
     "Let the C library keep memory that is freed for what comes next (glibc's mallopt)."
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    trim, mmap = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h; they are in bytes, and these are the largest
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h; below, the most bytes that each can be
     return hasattr(libc, "mallopt") and bool(libc.mallopt(trim, 2**31 - 1) and libc.mallopt(mmap, 2**25))
 
 # %% ../nbs/08d_trainer.ipynb #db91aa84
@@ -151,8 +153,8 @@ def start(
     seed_everything(config.seed)
     model = new_model(config, shape).to(place.device).train()
     learner = place.prepare(model)
-    rows = training_rows(prepared, config.length, config.rows)
-    run = Run(config, prepared, Path(folder), model, learner, make_optimizers(model, config.optimizer), rows, place)
+    rows, optimizers = training_rows(prepared, config.length, config.rows), make_optimizers(model, config.optimizer)
+    run = Run(config, prepared, Path(folder), model, learner, optimizers, *rows, place)
     if config.ema:
         run.average = {name: weight.detach().clone() for name, weight in trained(model)}
     return run
@@ -251,8 +253,8 @@ def diverged(run: Run, what: str) -> TextgenError:
 # %% ../nbs/08d_trainer.ipynb #453ccce8
 def dealt(run: Run) -> Batches:
     "What this process learns from, step by step."
-    ranks = run.place.num_processes
-    return Batches(run.rows, run.config.batch_size // ranks, run.config.seed, 0, run.place.process_index, ranks)
+    c, place, ranks = run.config, run.place, run.place.num_processes
+    return Batches(run.rows, c.batch_size // ranks, c.seed, 0, place.process_index, ranks, run.apart)
 
 # %% ../nbs/08d_trainer.ipynb #021fe1ab
 def next_step(run: Run, batches: Batches) -> torch.Tensor:  # nats per token before it, on the device

@@ -43,6 +43,7 @@ ROWS = [
     Row(PLAY, "shakespeare", "shakespeare, T/14", 1 / 14),
     Row(PLAY, "shakespeare", "shakespeare, T/6", 1 / 6),
     Row(PLAY, "shakespeare", "shakespeare, T", 1),
+    Row(PLAY, "shakespeare-fast", "shakespeare-fast, T/20", 1 / 20),
     Row(PLAY, "shakespeare-fast", "shakespeare-fast, T/14", 1 / 14),
     Row(PLAY, "shakespeare-llama", "shakespeare-llama, T", 1),
     Row(WIKI, "wikitext2-peer", "peer"),
@@ -427,8 +428,9 @@ def report(results: dict, figures: Path, plot: Path, judged: bool = True):
 def run(parts: list[str], effort: Effort, folder: Path, judged: bool = True):  # parts of PARTS
     "Measure, and report whatever comes in between."
     import torch
+    from textgen.trainer import keep_memory
 
-    torch.set_num_threads(effort.threads)
+    torch.set_num_threads(effort.threads), keep_memory()  # for all, the peer as well
     files, results = files_for(folder / "train.json"), {"machine": machine(effort.threads)}
     say = lambda text: typer.echo(text, err=True)
     with reporting(lambda: report(results, *files, judged)):
