@@ -11,7 +11,7 @@ import torch
 from textgen import baseline, training
 from textgen.baseline import Peer, PeerSettings, as_decoder, as_recipe, peer_batch, peer_gradient, peer_step, start_peer
 from textgen.cli import main
-from textgen.training import (AT_MOST, PARTS, PLAY, ROWS, TARGETS, WIKI, Effort, compare_rows, find_targets, measure_rows, peer_time,
+from textgen.training import (AT_MOST, PARTS, PLAY, ROWS, TARGETS, WIKI, Effort, compare_rows, find_targets, measure_rows,
                               points_of, quick_effort, recipe_of, recorder, settings_of, summary, text_of, train_peer, train_recipe)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,12 +160,12 @@ def test_bits_per_byte_of_a_uniform_guess(effort, text):
 def test_medians_and_times_against_the_peers():
     runs = lambda *pairs: {"runs": [{"val nats/token": loss, "val nats/char": loss, "val bits/byte": loss, "time s": s, "step ms": 1.0}
                                     for loss, s in pairs] + [{"seed": 9}]}
-    results = {"T": {"time s": 60.0}, "figures": {PLAY: {"shakespeare, T/6": runs((1.8, 9), (1.95, 10), (1.85, 12))},
-                                                  WIKI: {"peer": runs((4, 1)), "wikitext2": runs((6, 100)), "wikitext2-llama": runs((5, 110))}}}
+    results = {"figures": {PLAY: {"shakespeare, T/6": {"peer ×": 6.0, **runs((1.8, 9), (1.95, 10), (1.85, 12))}},
+                           WIKI: {"peer": runs((4, 1)), "wikitext2": runs((6, 100)), "wikitext2-llama": runs((5, 110))}}}
     compare_rows(results)
     compare_rows(results)   # again: nothing is counted twice
     one = results["figures"][PLAY]["shakespeare, T/6"]
-    assert (one["val nats/char"], one["time s"], one["peer ×"]) == (1.85, 10, 6) and one["seeds differ by nats/token"] == pytest.approx(0.15)
+    assert (one["val nats/char"], one["time s"]) == (1.85, 10) and one["seeds differ by nats/token"] == pytest.approx(0.15)
     assert results["figures"][WIKI]["any layout"] == {"val nats/token": 5, "val nats/char": 5, "val bits/byte": 5, "time s": 110}
     found = find_targets(results)
     assert found[f"{PLAY}: shakespeare, T/6, val nats/char"]["met"] and found[f"{PLAY}: shakespeare, T/6, peer ×"]["met"]
@@ -178,8 +178,8 @@ def test_who_is_as_good_as_nanogpt():
     rows = {"peer": entry(1.9, 60), "shakespeare, T/6": entry(1.88, 10), "shakespeare, T/14": entry(1.898, 4), "shakespeare, T": {"lost": "no"}}
     results = {"machine": {"processor": "it", "threads": 1, "cores": 2, "versions": {"torch": "2"}}, "targets": {"one": {"met": True}}}
     lines = [*summary({**results, "figures": {PLAY: rows}})]
-    assert lines[1:] == ["1.898 nats/char or less: shakespeare, T/14 in 4.0 s; shakespeare, T/6 in 10.0 s", "targets 1 of 1 met, 0 missed, 0 not measured"]
-    assert "nobody" in [*summary({**results, "figures": {PLAY: {"peer": entry(1.9, 60)}}})][1]
+    assert lines[1:] == ["T       60.0 s: the peer's run", "1.898 nats/char or less: shakespeare, T/14 in 4.0 s; shakespeare, T/6 in 10.0 s", "targets 1 of 1 met, 0 missed, 0 not measured"]
+    assert "nobody" in [*summary({**results, "figures": {PLAY: {"peer": entry(1.9, 60)}}})][2]
 
 
 def test_every_target_names_what_is_measured():
@@ -196,7 +196,7 @@ def test_every_target_names_what_is_measured():
 
 def test_a_recipe_that_is_not_there_loses_only_itself(effort, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "ROWS", [training.Row(PLAY, "no-such", "no-such, T", 1), ROWS[0]])
-    results = {"T": {"time s": 0.1, "from": "a test"}}
+    results = {}
     measure_rows(["no-such", "peer"], replace(effort, seeds=2), results, lambda text: None)
     entries = results["figures"][PLAY]
     assert "unknown recipe 'no-such'" in entries["no-such, T"]["lost"] and len(entries["peer"]["runs"]) == 1 and entries["peer"]["runs"][0]["time s"] > 0
@@ -204,7 +204,7 @@ def test_a_recipe_that_is_not_there_loses_only_itself(effort, tmp_path, monkeypa
 
 def test_a_loss_that_is_no_number_loses_only_itself(effort, monkeypatch):
     broken = {**effort.changes, "optimizer.learning_rate": 1e30, "optimizer.clip": None, "optimizer.warmup": 0}
-    results = {"T": {"time s": 0.3, "from": "a test"}}
+    results = {}
     measure_rows(["shakespeare"], replace(effort, changes=broken), results, lambda text: None)
     assert all("loss is" in entry["lost"] for entry in results["figures"][PLAY].values())
     assert "loss is" in find_targets(results)[f"{PLAY}: shakespeare, T, val nats/char"]["why"]
@@ -217,11 +217,15 @@ def test_missing_text_says_so(tmp_path, monkeypatch, capsys):
     assert "shakespeare is not at hand" in said and "nothing was measured" in said and "? 1.898" in said and not (tmp_path/"out/train.json").exists()
 
 
-def test_T_without_the_peers_run(effort):
-    results = {"figures": {PLAY: {"peer": {"runs": [{"seed": 1, "curve s": [0.1]}]}}}}
-    assert peer_time(effort, results) > 0 and results["T"]["from"] == "a moment of the peer's steps"
-    results["figures"][PLAY]["peer"]["runs"] = [{"time s": 3.0}, {"time s": 9.0}, {"time s": 5.0}]
-    assert peer_time(effort, results) == 5
+def test_steps_are_a_share_of_the_peers_time(effort, monkeypatch):
+    "By how many steps one of the peer's is worth, at most; where seconds are given, by the time of a step."
+    from textgen.training import Row, steps_for
+    monkeypatch.setattr(training, "step_of", lambda part, effort: (0.02, 1.3))
+    assert steps_for(Row(PLAY, "peer", "peer"), replace(effort, peer_steps=2000)) == {"steps": 2000, "planned s": 40}
+    found = steps_for(Row(PLAY, "shakespeare", "shakespeare, T/6", 1 / 6), replace(effort, peer_steps=2000))
+    assert found == {"steps": 433, "planned s": pytest.approx(8.66), "peer ×": pytest.approx(2600 / 433)} and found["peer ×"] >= 6
+    assert steps_for(Row(PLAY, "shakespeare", "shakespeare, T", 1), replace(effort, peer_steps=10))["peer ×"] == 1
+    assert steps_for(Row(WIKI, "wikitext2", "wikitext2"), replace(effort, seconds=100, fill=0.5)) == {"steps": 2500, "planned s": 50}
 
 
 # The command
@@ -251,7 +255,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     for name, entry in rows.items():
         if "lost" in entry: assert "unknown recipe" in entry["lost"]
         else: assert entry["time s"] > 0 and entry["val bits/byte"] > 0
-    assert results["T"]["from"] == "the peer's whole run" and "T  " in out
+    assert "s: the peer's run" in out
     assert all(re.search(r" ?(tokens/s|nats/token|nats/char|bits/byte|ms|s|%|×|peak)$", key) for key in leaves(results)), sorted(set(leaves(results)))
     assert (tmp_path/"out/train.png").read_bytes().startswith(b"\x89PNG")
 
@@ -267,7 +271,7 @@ def test_ctrl_c_keeps_what_was_measured(number, tmp_path, monkeypatch, capsys):
         return step(run, batches)
 
     monkeypatch.setattr(trainer, "next_step", interrupted)
-    monkeypatch.setattr(training, "steps_for", lambda row, *given: (40, 1.0))
+    monkeypatch.setattr(training, "steps_for", lambda row, effort: {"steps": 40, "planned s": 1.0})
     monkeypatch.setattr(training, "QUICK", {**training.QUICK, "data_options": {"train": 100, "validation": 5}})
     monkeypatch.chdir(tmp_path)
     assert main("benchmark train --quick --only peer,shakespeare --output out".split()) == 130

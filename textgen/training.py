@@ -6,8 +6,8 @@
 __all__ = ['PLAY', 'WIKI', 'ROWS', 'PARTS', 'QUICK', 'SPEED', 'LOSSES', 'KNOWN', 'TARGETS', 'AT_MOST', 'STYLES', 'SPEED_COLUMNS',
            'COLUMNS', 'Row', 'Effort', 'quick_effort', 'settings_of', 'recipe_of', 'text_of', 'our_step', 'at_risk',
            'open_steps', 'measure_speed', 'compare_speed', 'loss_figures', 'points_of', 'recorder', 'train_peer',
-           'train_recipe', 'step_of', 'peer_time', 'steps_for', 'measure_row', 'measure_rows', 'compare_rows',
-           'find_targets', 'draw_rows', 'draw_losses', 'tables', 'summary', 'report', 'run', 'train']
+           'train_recipe', 'step_of', 'steps_for', 'measure_row', 'measure_rows', 'compare_rows', 'find_targets',
+           'draw_rows', 'draw_losses', 'tables', 'summary', 'report', 'run', 'train']
 
 # %% ../nbs/14g_training.ipynb #3f643819
 import contextlib
@@ -34,7 +34,7 @@ class Row:
     title: str  # of its table
     part: str  # its name for `--only`: a recipe, or the peer with its settings
     name: str
-    share: float | None = None  # of the peer's time; None: as long as the peer's steps take, or so many seconds
+    share: float | None = None  # of the peer's time; None: all the peer's steps, or Effort's seconds
 
 
 PLAY, WIKI = "Tiny Shakespeare", "WikiText-2"
@@ -66,7 +66,7 @@ class Effort:
     threads: int = 1
     peer_steps: int = 2000
     seconds: float = 120.0  # that a run on WikiText-2 takes
-    fill: float = 0.96  # the share of its time that a run is to take
+    fill: float = 0.96  # the share of them that such a run is to take
     points: int = 6  # evaluations of a run
     sample: int = 2**17  # tokens that those on the way are made with; the last takes all
     changes: dict = field(default_factory=dict)  # to all recipes
@@ -79,10 +79,10 @@ def quick_effort(threads: int = 1) -> Effort:
 
 # %% ../nbs/14g_training.ipynb #b28f1c8d
 def settings_of(part: str, effort: Effort):  # PeerSettings
-    "The peer of a text: as the README has it, and twice as wide where a recipe has 120 seconds of WikiText-2."
+    "The peer of a part: as the README has it, and twice as wide where a recipe has 120 seconds of WikiText-2."
     from textgen.baseline import PeerSettings
 
-    wide = {"n_embd": 256, "length": 128, "batch_size": 8} if part == "wikitext2-peer" else {}
+    wide = {"n_embd": 256, "length": 128, "batch_size": 8} if part.startswith("wiki") else {}
     small = {key.removeprefix("model."): value for key, value in effort.changes.items() if key.startswith("model.")}
     return PeerSettings(steps=effort.peer_steps, **{**wide, **small})
 
@@ -237,7 +237,7 @@ def train_recipe(part: str, effort: Effort, seed: int, steps: int, record: dict)
 
     config = recipe_of(part, effort, {"seed": seed, "steps": steps, "evaluate_every": steps})
     run = start(config, Path(part), effort.root)
-    length = min(config.length, settings_of("wikitext2-peer" if part.startswith("wiki") else "peer", effort).length)
+    length = min(config.length, settings_of(part, effort).length)
 
     def judge(tokens):
         with averaged(run):
@@ -246,36 +246,27 @@ def train_recipe(part: str, effort: Effort, seed: int, steps: int, record: dict)
     fit(run, recorder(record, steps, effort, judge))
 
 # %% ../nbs/14g_training.ipynb #d30d3799
-def step_of(part: str, effort: Effort) -> float:  # seconds
-    "How long a step of a recipe, or of the peer, takes now: the middle one of three turns."
+def step_of(part: str, effort: Effort) -> tuple[float, float]:  # seconds, and how many steps the peer's one is worth
+    "How long a step of a recipe, or of a peer, takes, in turns with the peer's."
     from textgen.baseline import peer_step, start_peer, step_time
 
-    if part.endswith("peer"):
-        run = start_peer(text_of(part, effort), settings_of(part, effort))
-        step = lambda: peer_step(run)
-    else:
-        _, step = our_step(recipe_of(part, effort, {"steps": 10**6}), effort.root)
-    step_time(step, effort.least / 2)  # the first ones take longer
-    return statistics.median(step_time(step, effort.least) for _ in range(3)) / 1000
+    peers = [start_peer(text_of(part, effort), settings_of(part, effort)) for _ in range(2)]
+    pair = [lambda: peer_step(peers[0]), lambda: peer_step(peers[1])]
+    if not part.endswith("peer"):
+        _, pair[1] = our_step(recipe_of(part, effort, {"steps": 10**6}), effort.root)
+    turns = [[step_time(step, effort.least / 2) for step in pair] for _ in range(effort.rounds + 1)]
+    theirs, ours = zip(*turns[1:])  # the first ones take longer
+    return statistics.median(ours) / 1000, middle_ratio(theirs, ours)
 
 # %% ../nbs/14g_training.ipynb #f08e0c79
-def peer_time(effort: Effort, results: dict) -> float:  # seconds
-    "T, and in `results` where it is from; raises TextgenError where there is no text to measure it with."
-    runs = results.get("figures", {}).get(PLAY, {}).get("peer", {}).get("runs", [])
-    if times := [run["time s"] for run in runs if "time s" in run]:
-        results["T"] = {"time s": statistics.median(times), "from": "the peer's whole run"}
-    elif "T" not in results:
-        results["T"] = {"time s": effort.peer_steps * step_of("peer", effort), "from": "a moment of the peer's steps"}
-    return results["T"]["time s"]
-
-# %% ../nbs/14g_training.ipynb #cb0ff76b
-def steps_for(row: Row, effort: Effort, results: dict) -> tuple[int, float]:  # and the seconds that they will take
-    "How many steps a row's runs have."
-    step = step_of(row.part, effort)
-    if row.part == "peer":
-        return effort.peer_steps, effort.peer_steps * step
-    seconds = effort.fill * (effort.seconds if row.share is None else row.share * peer_time(effort, results))
-    return max(1, int(seconds / step)), seconds
+def steps_for(row: Row, effort: Effort) -> dict:  # for the row's entry
+    "How many steps a row's runs have, and what part of the peer's time they take."
+    step, ratio = step_of(row.part, effort)
+    if row.share is not None:
+        steps = max(1, int(row.share * effort.peer_steps * ratio))
+        return {"steps": steps, "planned s": steps * step, "peer ×": effort.peer_steps * ratio / steps}
+    steps = effort.peer_steps if row.part == "peer" else max(1, int(effort.fill * effort.seconds / step))
+    return {"steps": steps, "planned s": steps * step}
 
 
 def measure_row(row: Row, effort: Effort, seed: int, results: dict, say: Callable[[str], None]):
@@ -286,7 +277,7 @@ def measure_row(row: Row, effort: Effort, seed: int, results: dict, say: Callabl
         return
     with at_risk(entry):
         if "steps" not in entry:
-            entry["steps"], entry["planned s"] = steps_for(row, effort, results)
+            entry.update(steps_for(row, effort))
         say(f"{where}: {entry['steps']:,} steps, about {entry['planned s']:.0f} s beside evaluations")
         entry["runs"].append(record)
         (train_peer if peer else train_recipe)(row.part, effort, seed, entry["steps"], record)
@@ -318,8 +309,6 @@ def compare_rows(results: dict):
                     entry[key] = statistics.median(run[key] for run in ended)
                 losses = [run["val nats/token"] for run in ended]
                 entry["seeds differ by nats/token"] = max(losses) - min(losses)
-                if title == PLAY and "T" in results:
-                    entry["peer ×"] = results["T"]["time s"] / entry["time s"]
         ours = [entry for name, entry in entries.items() if name != "peer" and "time s" in entry]
         if title == WIKI and ours:
             best = min(ours, key=lambda entry: entry["val nats/token"])
@@ -399,9 +388,9 @@ def summary(results: dict) -> Iterator[str]:  # lines
     "On what, what T is, who is as good as nanoGPT is known to be, and how many targets are met."
     m = results["machine"]
     yield f"machine {m['processor']}, {m['threads']} of {m['cores']} cores, torch {m['versions']['torch']}"
-    if "T" in results:
-        yield f"T       {results['T']['time s']:.1f} s, from {results['T']['from']}"
     rows = results.get("figures", {}).get(PLAY, {})
+    if "time s" in rows.get("peer", {}):
+        yield f"T       {rows['peer']['time s']:.1f} s: the peer's run"
     ended = sorted((entry["time s"], name, entry["val nats/char"]) for name, entry in rows.items() if "time s" in entry)
     if ended and results.get("targets"):
         good = [f"{name} in {seconds:.1f} s" for seconds, name, loss in ended if loss <= KNOWN]
