@@ -130,7 +130,7 @@ def notes(run: Run) -> Iterator[str]:  # a line for each
 def keep_memory() -> bool:  # whether it can be asked for
     "Let the C library keep memory that is freed for what comes next (glibc's mallopt)."
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h; below, the most bytes that each can be
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h; below, the largest they can be
     return hasattr(libc, "mallopt") and bool(libc.mallopt(trim, 2**31 - 1) and libc.mallopt(mmap, 2**25))
 
 # %% ../nbs/08d_trainer.ipynb #db91aa84
