@@ -42,7 +42,7 @@ swaps: .venv/made-dev  ## train GPT-2 and Llama and what lies between for chapte
 benchmark: .venv/made-dev  ## measure the data pipeline beside datasets, tiktoken and torch's DataLoader (needs TEXTGEN_DATA and 4 GB of disk)
 	@$(BIN)/python .ci/benchmark.py
 
-training: .venv/made-dev  ## measure training beside nanoGPT's settings (an hour on one quiet core; needs TEXTGEN_DATA)
+training: .venv/made-dev  ## measure training beside nanoGPT's settings (half an hour on one quiet core; needs TEXTGEN_DATA)
 	@$(BIN)/textgen benchmark train --output nbs/results && rm nbs/results/train.png
 
 hooks: .venv/made-dev  ## let git merge notebooks cell by cell in this clone (nbdev's merge driver)

@@ -165,7 +165,7 @@ def test_medians_and_times_against_the_peers():
     compare_rows(results)
     compare_rows(results)   # again: nothing is counted twice
     one = results["figures"][PLAY]["shakespeare, T/6"]
-    assert (one["val nats/char"], one["time s"]) == (1.85, 10) and one["seeds differ by nats/token"] == pytest.approx(0.15)
+    assert (one["val nats/char"], one["time s"], one["peer ×"]) == (1.85, 10, 6) and one["seeds differ by nats/token"] == pytest.approx(0.15)
     assert results["figures"][WIKI]["any layout"] == {"val nats/token": 5, "val nats/char": 5, "val bits/byte": 5, "time s": 110}
     found = find_targets(results)
     assert found[f"{PLAY}: shakespeare, T/6, val nats/char"]["met"] and found[f"{PLAY}: shakespeare, T/6, peer ×"]["met"]
@@ -255,7 +255,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     for name, entry in rows.items():
         if "lost" in entry: assert "unknown recipe" in entry["lost"]
         else: assert entry["time s"] > 0 and entry["val bits/byte"] > 0
-    assert "s: the peer's run" in out
+    assert "T  " in out and "s: the peer's run" in out
     assert all(re.search(r" ?(tokens/s|nats/token|nats/char|bits/byte|ms|s|%|×|peak)$", key) for key in leaves(results)), sorted(set(leaves(results)))
     assert (tmp_path/"out/train.png").read_bytes().startswith(b"\x89PNG")
 

@@ -340,23 +340,28 @@ def test_torchrun_ends_when_one_fails(home):
     assert done.wait(120) != 0 and "lost" in done.communicate()[1]
 
 
-def under_torchrun(home, *words):
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+SCRIPT = "import sys\nfrom textgen.cli import main\nsys.exit(main())\n"
+
+
+def launched(home, module, *words):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([*start, *words], cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-m", module, *words], cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def under_torchrun(home, *words): return launched(home, "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", ["--multi_gpu", "--use_fsdp"])
 def test_accelerate_launch_starts_two_processes(home, option):
     "Its options are named after GPUs; where there is none, the two meet over gloo, and learn what one does."
-    (home/"script.py").write_text("import sys\nfrom textgen.cli import main\nsys.exit(main())\n", encoding="utf-8")
+    (home/"script.py").write_text(SCRIPT, encoding="utf-8")
     more = dict(optimizer__name="adamw", steps=12)
-    start = [sys.executable, "-m", "accelerate.commands.launch", option, "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
-             "--dynamo_backend=no", "--main_process_port=0", "script.py", *typed("two", **more)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(start, cwd=home, env=env, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
+    done = launched(home, "accelerate.commands.launch", option, "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
+                    "--dynamo_backend=no", "--main_process_port=0", "script.py", *typed("two", **more))
+    try: said = done.communicate(timeout=180)[1]
+    finally: done.kill()
+    assert done.returncode == 0, said
     go("one", **more)
     assert json.loads((home/"two/result.json").read_text())["machine"]["processes"] == 2
     np.testing.assert_allclose(losses("two"), losses("one"), rtol=0, atol=1e-5)
@@ -366,7 +371,7 @@ def test_accelerate_launch_starts_two_processes(home, option):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_torchrun_is_stopped_and_goes_on(home, number):
     "A signal to torchrun reaches both processes once; they save at the same step."
-    (home/"script.py").write_text("import sys\nfrom textgen.cli import main\nsys.exit(main())\n", encoding="utf-8")
+    (home/"script.py").write_text(SCRIPT, encoding="utf-8")
     done = under_torchrun(home, "script.py", *typed("run", steps=100_000, checkpoint_every=100_000, evaluate_every=100_000, batch_size=16))
     try:
         end = time.time() + 60

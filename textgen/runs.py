@@ -362,7 +362,8 @@ def train(
     with find_place(config) as place, contextlib.ExitStack() as stack:
         folder, main = place.agree(choose), place.is_main_process
         run = start(config, folder, root, progress and main, place)
-        stack.enter_context(claimed(folder) if main else contextlib.nullcontext())
+        if main:
+            stack.enter_context(claimed(folder))
         begin(run, resume, progress)
         peak = matmul_peak(place)
         log, tell = recorder(run, peak) if main else lambda *news: None, storyteller(run)

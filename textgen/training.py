@@ -249,8 +249,8 @@ def step_of(part: str, effort: Effort) -> tuple[float, float]:  # seconds, and h
     "How long a step of a recipe, or of a peer, takes, in turns with the peer's."
     from textgen.baseline import peer_step, start_peer, step_time
 
-    peers = [start_peer(text_of(part, effort), settings_of(part, effort)) for _ in range(2)]
-    pair = [lambda: peer_step(peers[0]), lambda: peer_step(peers[1])]
+    peer = start_peer(text_of(part, effort), settings_of(part, effort))
+    pair = [lambda: peer_step(peer)] * 2
     if not part.endswith("peer"):
         _, pair[1] = our_step(recipe_of(part, effort, {"steps": 10**6}), effort.root)
     turns = [[step_time(step, effort.least / 2) for step in pair] for _ in range(effort.rounds + 1)]
