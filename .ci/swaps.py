@@ -1,6 +1,6 @@
 """Train GPT-2, each swap towards Llama alone, and all of them, and write nbs/results/swaps.json (chapter 05a draws it).
 
-    python .ci/swaps.py [SEED ...]        seeds 1 and 2 unless said otherwise; a minute of one core for each model and seed
+    python .ci/swaps.py [SEED ...]        seeds 1 to 5 unless said otherwise; 40 seconds of one core for each model and seed
 
 Data, steps and learning rates are those of the recipe `swaps` for all. So is the number of parameters, within two percent: what a
 swap saves or costs goes into the width of the MLP. Speed is in tokens per second of one core's own time, so that other work on
@@ -83,4 +83,4 @@ def main(seeds):
             print(f"{name}, seed {seed}: {run['excess over the floor %']:.2f}% above the floor", flush=True)
 
 
-if __name__ == "__main__": main([int(word) for word in sys.argv[1:]] or [1, 2])
+if __name__ == "__main__": main([int(word) for word in sys.argv[1:]] or [1, 2, 3, 4, 5])
