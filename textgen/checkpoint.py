@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from .core import UsageError, parse
 from .decoder import Decoder, DecoderConfig
-from .weights import (DTYPES, INDEX, SINGLE, Stored, find_dtype, new_files, open_tensors, read_object, read_size,
-                             stored_tensors, write_object, write_weights)
+from .model_files import new_files, read_object, write_object
+from .weights import (DTYPES, INDEX, SINGLE, Stored, find_dtype, open_tensors, read_size, stored_tensors,
+                             write_weights)
 
 # %% ../nbs/05c_checkpoint.ipynb #e60de598
 class Family(NamedTuple):

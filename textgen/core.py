@@ -177,14 +177,14 @@ def seed_everything(
 
 # %% ../nbs/00_core.ipynb #fecc741b
 REGISTRY = {
-    "generators": {"gpt": "textgen.gpt:GPT"},
+    "generators": {"gpt": "textgen.gpt:GPT", "rnn": "textgen.rnn:RNN"},
     "tokenizers": {},
     "metrics": {},
     "commands": {"data": "textgen.data_commands:app", "export": "textgen.export:app",
                  "benchmark": "textgen.training:app", "batch": "textgen.batch:app"},
 }
 # the model_type of a config.json, or what a file is -> the generator that reads it
-MODEL_TYPES = {"gpt2": "gpt", "llama": "gpt", "textgen": "gpt", "gguf": "gpt"}
+MODEL_TYPES = {"gpt2": "gpt", "llama": "gpt", "textgen": "gpt", "gguf": "gpt", "lstm": "rnn", "gru": "rnn"}
 
 
 def register(

@@ -15,6 +15,7 @@ from typer import Argument, Option
 
 from .cli import program
 from .core import UsageError, model_path
+from .model_files import new_files
 
 # %% ../nbs/14b_export.ipynb #7adcbb78
 def check_known(
@@ -43,7 +44,7 @@ def export_model(
         raise UsageError(f"{directory} is not empty; name a new directory, or add --force to put the model into it")
     from textgen.checkpoint import write_checkpoint
     from textgen.gguf import open_model
-    from textgen.weights import find_dtype, new_files, read_size
+    from textgen.weights import find_dtype, read_size
 
     find_dtype(dtype or "float32"), read_size(max_shard_size)  # a mistake there is told before the work
     decoder, tokenizer = open_model(path, "auto")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['worth_compiling', 'state_of', 'packed_decoder', 'graph_slots', 'slots_for', 'GPT', 'engine_for', 'write',
-           'read_generation_config', 'generation_config', 'save_model', 'find_device', 'prepared', 'load_model']
+           'save_model', 'find_device', 'prepared', 'load_model']
 
 # %% ../nbs/07f_gpt.ipynb #8e4279df
 import sys
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import write_checkpoint
-from .core import GenerationConfig, TextgenError, UsageError, parse
+from .core import GenerationConfig, TextgenError, UsageError
 from .decoder import Decoder
 from .engine import Engine
 from .generator import TextGenerator
@@ -23,11 +23,12 @@ from .gguf import open_model
 from .graphs import GraphSlots
 from .int8 import Int8Matrix, compiled_multiply, in_int8
 from .kernels import library_path
+from .model_files import generation_config, new_files, read_generation_config
 from .native import PARTS, NativeSlots, Packed
 from .scoring import document_nll
 from .slots import Slots, lay_out
 from .tokenizer import Tokenizer
-from .weights import find_dtype, new_files, read_object
+from .weights import find_dtype
 
 # %% ../nbs/07f_gpt.ipynb #083a06b0
 def worth_compiling(
@@ -166,39 +167,6 @@ def write(model: GPT, prompts: list[list[int]], seeds: list[int], config: Genera
     finally:
         if isinstance(engine.slots, GraphSlots) and not engine.fault:
             model.idle = state_of(model.decoder), engine.slots
-
-# %% ../nbs/07f_gpt.ipynb #d3399c4c
-def read_generation_config(
-    path,  # generation_config.json, which may be missing
-    eos_id: int | None,  # ends a text if the file does not say
-    vocab_size: int,  # V; ids from there on are not the model's
-) -> tuple[int | None, GenerationConfig]:  # the end-of-text token, and the settings of the file
-    "transformers' settings in our terms; raises UsageError."
-    values = read_object(path) if Path(path).is_file() else {}
-    ends = values.get("eos_token_id")
-    ends = [i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int and 0 <= i < vocab_size]
-    ours = {name: values.get(name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
-    if values.get("do_sample") is False:
-        ours = {"temperature": 0, "max_new_tokens": ours["max_new_tokens"]}
-    ours = {name: value for name, value in ours.items() if value is not None and (name, value) != ("top_k", 0)}
-    if ends[1:]:
-        ours["stop_token_ids"] = ends[1:]
-    return ends[0] if ends else eos_id, parse(GenerationConfig, ours, str(path))
-
-# %% ../nbs/07f_gpt.ipynb #e52d0795
-def generation_config(
-    eos_id: int | None,  # the end-of-text token
-    defaults: GenerationConfig,
-    bos_id: int | None = None,  # the token that begins a text; None: the one that ends it
-) -> dict:  # for generation_config.json
-    "Our settings in transformers' terms."
-    ends = [eos_id, *defaults.stop_token_ids] if eos_id is not None and defaults.stop_token_ids else eos_id
-    bos = eos_id if bos_id is None else bos_id
-    values = {"bos_token_id": bos, "eos_token_id": ends, "do_sample": defaults.temperature > 0}
-    kept = defaults.model_fields_set & {"max_new_tokens", "temperature", "top_p"}
-    if defaults.temperature == 0:
-        return {**values, **defaults.model_dump(include=kept & {"max_new_tokens"})}
-    return {**values, **defaults.model_dump(include=kept), "top_k": defaults.top_k or 0}
 
 # %% ../nbs/07f_gpt.ipynb #7a469a22
 def save_model(

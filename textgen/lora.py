@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from .checkpoint import FAMILIES, Undrawn, as_stored, check_numbers, family_of
 from .core import UsageError, atomic_path
 from .decoder import Decoder
-from .weights import DTYPES, Stored, open_tensors, read_object, read_table, write_object
+from .model_files import read_object, write_object
+from .weights import DTYPES, Stored, open_tensors, read_table
 
 # %% ../nbs/08b_lora.ipynb #fe6aa9fb
 class LoRALinear(nn.Module):

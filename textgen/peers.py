@@ -100,7 +100,7 @@ def write_gguf(
     "A model in llama.cpp's format; raises UsageError for the exact GELU, which its GPT-2 has not."
     import gguf
 
-    from textgen.weights import read_object
+    from textgen.model_files import read_object
 
     config = read_object(Path(folder, "config.json"))
     if config.get("activation_function") == "gelu":

@@ -26,8 +26,9 @@ from .checkpoint import blank, read_checkpoint, read_config
 from .core import TextgenError, UsageError, atomic_path, derive_seed, model_path, seed_everything
 from .data import Batches, Chunks, Prepared, prepare
 from .decoder import Decoder, DecoderConfig
-from .gpt import GPT, find_device, read_generation_config
+from .gpt import GPT, find_device
 from .lora import add_lora, merge_lora
+from .model_files import read_generation_config
 from .recipe import TrainConfig, decoder_config, make_optimizers, rate_at
 from .train import Alone, evaluate, set_share, train_step, training_rows
 
