@@ -247,8 +247,10 @@ def test_run_lacks_a_file(name, run):
 
 def test_run_of_another_architecture(run):
     config = json.loads((run/"config.json").read_text())
-    (run/"config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
-    refused(textgen("generate --prompt The --model", run.parent, more=[run]), "no model of type 'mamba'", "gpt2, llama")
+    (run/"config.json").write_text(json.dumps(config | {"model_type": "mambo"}))
+    refused(textgen("generate --prompt The --model", run.parent, more=[run]), "no model of type 'mambo'", "nor to transformers")
+    (run/"config.json").write_text(json.dumps(config | {"model_type": "mamba"}))  # which transformers knows, but these weights are others
+    refused(textgen("generate --prompt The --model", run.parent, more=[run]), "tensors are missing or of another shape")
 
 
 def test_a_draft_model_of_other_tokens(work, tmp_path):

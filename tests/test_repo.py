@@ -25,7 +25,8 @@ FOR_ALL = set(sys.stdlib_module_names) | {"numpy", "pydantic", "yaml"}
 EXTRA = {name: {"torch", "safetensors"} for name in [
     "attention", "rotary", "surprise", "decoder", "llama", "weights", "checkpoint", "gguf", "sampling", "penalties", "choosing", "slots", "kernels",
     "native", "scoring", "seats", "graphs", "int8", "engine", "speculative",
-    "gpt", "train", "muon", "recipe", "trainer", "resume", "processes", "lora", "baseline"]}
+    "gpt", "train", "muon", "recipe", "trainer", "resume", "processes", "lora", "baseline",
+    "hf", "masked"]}
 EXTRA |= {name: {"typer"} for name in ["cli", "data_commands", "export", "benchmark", "training", "batch"]}
 AT_MOST = dict(cell_lines=30, function_lines=25, exported_lines=400, cells=90, words=100, line_width=120)
 IN_USE, NEAR = 0.9, 3  # this share of the exported definitions is used within so many cells

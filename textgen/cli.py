@@ -371,7 +371,7 @@ def guessing(generator, lookup: bool, draft_model: str | None, **options):
     if lookup and draft_model is not None:
         raise UsageError("--lookup and --draft-model both guess; choose one")
     smaller = generator if lookup else open_model(draft_model, **options)
-    if not (hasattr(generator, "drafts") and hasattr(smaller, "drafts")):
+    if not (hasattr(generator, "drafts") and (lookup or hasattr(getattr(smaller, "decoder", None), "caches"))):
         raise UsageError("--lookup and --draft-model are for decoders, and not both models are; leave them out")
     if smaller.tokenizer.pieces != generator.tokenizer.pieces:
         raise UsageError(f"--draft-model {draft_model}: its tokens are not the tokens of the model; "

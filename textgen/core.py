@@ -177,14 +177,16 @@ def seed_everything(
 
 # %% ../nbs/00_core.ipynb #fecc741b
 REGISTRY = {
-    "generators": {"gpt": "textgen.gpt:GPT", "rnn": "textgen.rnn:RNN"},
+    "generators": {"gpt": "textgen.gpt:GPT", "rnn": "textgen.rnn:RNN", "hf": "textgen.hf:HF",
+                   "masked": "textgen.masked:Masked"},
     "tokenizers": {},
     "metrics": {},
     "commands": {"data": "textgen.data_commands:app", "export": "textgen.export:app",
                  "benchmark": "textgen.training:app", "batch": "textgen.batch:app"},
 }
 # the model_type of a config.json, or what a file is -> the generator that reads it
-MODEL_TYPES = {"gpt2": "gpt", "llama": "gpt", "textgen": "gpt", "gguf": "gpt", "lstm": "rnn", "gru": "rnn"}
+MODEL_TYPES = {"gpt2": "gpt", "llama": "gpt", "textgen": "gpt", "gguf": "gpt", "lstm": "rnn", "gru": "rnn",
+               "bert": "masked", "roberta": "masked", "distilbert": "masked"}
 
 
 def register(
@@ -238,27 +240,28 @@ def load(
     path,  # a run, any model directory in the Hugging Face layout, a .gguf file, or a model's name on the hub
     **options,  # of the generator's own `load`, such as device="cpu"
 ):  # a TextGenerator of the next chapter
-    "Open a model for writing; raises UsageError when there is none or its kind is unknown."
+    "Open a model for writing, by the generator that `hf:` or another name before it asks for; raises UsageError."
+    name, colon, rest = path.partition(":") if isinstance(path, str) else ("", "", "")
+    if colon and rest and name in registered("generators") and not Path(path).exists():
+        return resolve("generators", name).load(model_path(rest), **options)
     path = model_path(path)
-    kind = _kind_of(path)
-    try:
-        generator = resolve("generators", MODEL_TYPES.get(kind, kind))
-    except UsageError:
-        known = ", ".join(sorted(MODEL_TYPES))
-        raise UsageError(f"{path}: no model of type {kind!r} is known here, only {known}") from None
-    return generator.load(path, **options)
+    return resolve("generators", _generator_for(path)).load(path, **options)
 
 
-def _kind_of(path: Path) -> str:
-    "The model_type of a directory, or `gguf`; raises UsageError."
+def _generator_for(path: Path) -> str:
+    "Who reads a model, by the model_type of its directory; raises UsageError."
     if path.is_file() and path.suffix == ".gguf":
-        return "gguf"
+        return MODEL_TYPES["gguf"]
     if not (config := path / "config.json").is_file():
         raise UsageError(f"no model in {str(path)!r}: {_what_is_missing(path)}")
     try:
-        return str(json.loads(config.read_text(encoding="utf-8"))["model_type"])
-    except (ValueError, KeyError, TypeError):
+        values = json.loads(config.read_text(encoding="utf-8"))
+        kind, classes = str(values["model_type"]), " ".join(values.get("architectures") or [])
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"{config} is damaged: it must be JSON with a model_type; save the model again") from None
+    if (own := MODEL_TYPES.get(kind, kind)) in registered("generators"):
+        return own
+    return "masked" if "ForMaskedLM" in classes else "hf"
 
 # %% ../nbs/00_core.ipynb #f56e16c6
 def _what_is_missing(path: Path) -> str:

@@ -413,6 +413,8 @@ def fail(engine: Engine, request: Request, error: Exception):
 def broken_layer(engine: Engine, request: Request) -> str:
     "Where the first NaN or infinity comes from."
     model, said = engine.slots.decoder.transformer, "its weights are damaged or its training diverged"
+    if not hasattr(model, "h"):  # somebody else's, whose layers are not known here
+        return said
     bad = lambda x: not torch.isfinite(x).all()
     x, rotate = embed(model, torch.tensor([request.context], device=engine.slots.device))
     if bad(x):

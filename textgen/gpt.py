@@ -113,8 +113,7 @@ class GPT(TextGenerator):
 
     def __init__(
         self,
-        decoder: Decoder,
-        tokenizer: Tokenizer,
+        decoder: Decoder, tokenizer: Tokenizer,
         defaults: GenerationConfig | None = None,  # what a call does not set
     ):
         own, self.vocab_size = decoder.config.eos_token_id, decoder.config.vocab_size
@@ -126,6 +125,7 @@ class GPT(TextGenerator):
 
     tokens = lambda self, prompts, seeds, config, closed: write(self, prompts, seeds, config, closed)
     save = lambda self, path: save_model(self, path)
+    slots = lambda self, rows, length, tokens: slots_for(self, rows, length, tokens)
 
     def nll(self, texts):
         texts, before = [texts] if isinstance(texts, str) else texts, (self.tokenizer.prefix or (self.eos_id,))[-1]
@@ -144,7 +144,7 @@ def engine_for(
     drafts=None,  # what guesses several tokens at once; None: what the model has
 ) -> Engine:
     "An engine that takes requests for this model."
-    slots = slots_for(model, rows, length or model.context_length, tokens)
+    slots = model.slots(rows, length or model.context_length, tokens)
     end = -1 if model.eos_id is None else model.eos_id
     vocab, drafts = max(model.tokenizer.vocab_size, end + 1), drafts or model.drafts
     return Engine(slots, model.decoder.config, vocab, model.tokenizer, drafts)
