@@ -159,6 +159,16 @@ def test_a_stop_string_frees_a_seat(gpt, monkeypatch):
     assert alone == cut
 
 
+@pytest.mark.parametrize("settings", [dict(repetition_penalty=1.3), dict(frequency_penalty=0.5), dict(no_repeat_ngram_size=3), dict(min_new_tokens=2)])
+def test_a_stop_string_where_settings_look_back(gpt, settings):
+    "The history of another row moves into the seat that is freed between two steps."
+    prompts, settings = ["ab", "c", "fed"], dict(seed=3, max_new_tokens=30, **settings)
+    for whole in gpt.generate(prompts, **settings):
+        stop = whole.text[5:7]
+        together, alone = gpt.generate(prompts, stop=stop, **settings), [gpt.generate(text, stop=stop, **settings)[0] for text in prompts]
+        assert together == alone and {"stop"} <= {g.finish_reason for g in together}
+
+
 @pytest.mark.parametrize("end", ["close", "break", "raise", "drop"])
 def test_a_stream_that_ends_early_ends_the_model(end):
     model = Recite(TOKENIZERS["char"], *[TOKENIZERS["char"].encode("ab" * 9)] * 2)

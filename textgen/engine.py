@@ -303,6 +303,7 @@ def finish(engine: Engine, request: Request, reason: str, *last):
         vacate(engine, request)
 
 
+@torch.inference_mode()
 def cancel(engine: Engine, request: Request):
     "Ask for no more of a text; its slot is free at once."
     if request.finish_reason:
