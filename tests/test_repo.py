@@ -19,7 +19,7 @@ UNITS = ["nats/char", "nats/token", "bits/char", "bits/byte", "tokens/s", "%", "
 # These import no framework at module level.
 LIGHT = {"core", "generator", "model_files", "lstm", "loop", "rnn", "tokenizer", "tokenizer_io", "corpus", "files", "cleaning", "folders", "sources", "encoding", "data",
          "constrained", "evaluate", "runs", "cli", "data_commands", "export", "peers", "rounds", "workloads",
-         "benchmark", "training", "jobs", "batch"}
+         "benchmark", "training", "jobs", "batch", "testing"}
 NUMBER = r"\d\d[a-z]?_"  # of a chapter
 FOR_ALL = set(sys.stdlib_module_names) | {"numpy", "pydantic", "yaml"}
 EXTRA = {name: {"torch", "safetensors"} for name in [

@@ -1,0 +1,47 @@
+"""GPT, in GPT-2's shape and in Llama's, by PyTorch and by the compiled step."""
+import pytest
+import torch
+
+from textgen.decoder import Decoder, DecoderConfig
+from textgen.gpt import GPT
+from textgen.kernels import compiler
+from textgen.testing import GeneratorTests
+from textgen.tokenizer import BPETokenizer, CharTokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C compiler")
+LLAMA = dict(norm="rmsnorm", position="rotary", mlp="swiglu", bias=False, n_kv_head=2, tie_word_embeddings=False)
+
+
+class GPTTests(GeneratorTests):
+    "A tiny model of random weights, large enough that its texts differ."
+    family, compile, tokenizer, scale = {}, False, CharTokenizer("abcdefgh ."), 5
+
+    def make(self):
+        torch.manual_seed(0)
+        decoder = Decoder(DecoderConfig(vocab_size=self.tokenizer.vocab_size, n_positions=16, n_embd=32, n_layer=2, n_head=4, **self.family)).eval()
+        with torch.no_grad():
+            for p in decoder.parameters():
+                if p.dim() == 2: p.mul_(self.scale)
+        model = GPT(decoder, self.tokenizer)
+        model.compile = self.compile
+        return model
+
+
+class TestGPT2(GPTTests): pass
+
+
+class TestLlama(GPTTests): family = LLAMA
+
+
+@needs_compiler
+class TestGPT2Compiled(GPTTests): compile = True
+
+
+@needs_compiler
+class TestLlamaCompiled(GPTTests): family, compile = LLAMA, True
+
+
+class TestBytesWithAnEnd(GPTTests):
+    "Byte-level BPE, whose tokens may be half a character, and an end-of-text token, from which empty prompts and scores start."
+    tokenizer, scale = BPETokenizer.train(["größer é ☃ 🙂 ab abc b"] * 3, 270, eos_token="<|endoftext|>"), 1
