@@ -1,10 +1,16 @@
-"""GPT, in GPT-2's shape and in Llama's, by PyTorch and by the compiled step."""
+"""GPT, in GPT-2's shape and in Llama's, by PyTorch and by the compiled step, with guesses, in fewer bits, and one that was really trained."""
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import KNOWN, needs_known
 
+import textgen
 from textgen.decoder import Decoder, DecoderConfig
 from textgen.gpt import GPT
 from textgen.kernels import compiler
+from textgen.speculative import Lookup
 from textgen.testing import GeneratorTests
 from textgen.tokenizer import BPETokenizer, CharTokenizer
 
@@ -45,3 +51,38 @@ class TestLlamaCompiled(GPTTests): family, compile = LLAMA, True
 class TestBytesWithAnEnd(GPTTests):
     "Byte-level BPE, whose tokens may be half a character, and an end-of-text token, from which empty prompts and scores start."
     tokenizer, scale = BPETokenizer.train(["größer é ☃ 🙂 ab abc b"] * 3, 270, eos_token="<|endoftext|>"), 1
+
+
+class TestGuesses(GPTTests):
+    "Several tokens a step, guessed from what stands before."
+    def make(self):
+        model = super().make()
+        model.drafts = Lookup()
+        return model
+
+
+class Loaded(GPTTests):
+    "The same model from a folder, with other weights or on another device."
+    options = {}
+
+    def make(self):
+        with tempfile.TemporaryDirectory() as folder:
+            super().make().save(folder)
+            return textgen.load(folder, **self.options)
+
+
+class TestBFloat16(Loaded): options, tolerance = dict(dtype="bfloat16"), 0.02
+
+
+class TestInt8(Loaded): options, save = dict(dtype="int8"), False
+
+
+@pytest.mark.gpu
+class TestCUDA(Loaded): options = dict(device="cuda")
+
+
+@needs_known
+class TestStories(GeneratorTests):
+    "Llama's shape, 260,000 weights, and a token that begins every prompt."
+    prompts = ["Once upon a time", "One day, a girl", "The"]
+    def make(self): return textgen.load(Path(KNOWN, "stories260K-hf"), device="cpu", compile=compiler() is not None)
