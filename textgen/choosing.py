@@ -153,8 +153,9 @@ def logprobs(
     logits: Tensor,  # (B, V) as the model gives them
     ids: Tensor,  # (B,) the tokens chosen
     n: int,  # how many of the most probable tokens are wanted as well, 0 or more
+    vocab: int | None = None,  # only smaller ids are among those; None: any
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B,) nats of the chosen; (B, n) ids and (B, n) nats of the most probable
     "Log-probabilities by the model's own distribution, before any processor."
-    nats = logits.float().log_softmax(-1)
-    best = top_ids(logits, min(n, logits.shape[-1]))
+    nats, possible = logits.float().log_softmax(-1), logits[:, :vocab]
+    best = top_ids(possible, min(n, possible.shape[-1]))
     return nats.gather(1, ids.clamp(min=0)[:, None])[:, 0], best, nats.gather(1, best)

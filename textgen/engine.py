@@ -230,7 +230,7 @@ def launch(
     torch.clamp(ids.unsqueeze(1), min=0, out=company.newest)
     for request in company.requests:
         request.steps += 1
-    extra = () if company.logprobs is None else logprobs(kept, ids, company.logprobs)
+    extra = () if company.logprobs is None else logprobs(logits, ids, company.logprobs, engine.vocab)
     engine.flying.append(Flight(company.requests, ids.unsqueeze(0), *extra))
     retire(engine, company)
 

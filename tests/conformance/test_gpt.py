@@ -22,10 +22,12 @@ LLAMA = dict(norm="rmsnorm", position="rotary", mlp="swiglu", bias=False, n_kv_h
 class GPTTests(GeneratorTests):
     "A tiny model of random weights, large enough that its texts differ."
     family, compile, tokenizer, scale = {}, False, CharTokenizer("abcdefgh ."), 5
+    context_length, more = 16, 0  # ids beyond those of the tokenizer
 
     def make(self):
         torch.manual_seed(0)
-        decoder = Decoder(DecoderConfig(vocab_size=self.tokenizer.vocab_size, n_positions=16, n_embd=32, n_layer=2, n_head=4, **self.family)).eval()
+        config = dict(vocab_size=self.tokenizer.vocab_size + self.more, n_positions=self.context_length, n_embd=32, n_layer=2, n_head=4)
+        decoder = Decoder(DecoderConfig(**config, **self.family)).eval()
         with torch.no_grad():
             for p in decoder.parameters():
                 if p.dim() == 2: p.mul_(self.scale)
@@ -46,6 +48,14 @@ class TestGPT2Compiled(GPTTests): compile = True
 
 @needs_compiler
 class TestLlamaCompiled(GPTTests): family, compile = LLAMA, True
+
+
+class TestShortContext(GPTTests): context_length = 4
+
+
+class TestMoreIdsThanTokens(GPTTests):
+    "The vocabulary is filled up, and what it is filled with has probability, too."
+    more = 14
 
 
 class TestBytesWithAnEnd(GPTTests):
