@@ -16,13 +16,13 @@ Markov, SOUND = MODULE.Markov, MODULE.train(sentences())
 FAULTS = []
 
 
-def outcomes(cls, monkeypatch, *groups):
-    "What the suite, or some groups of it, say of a class of models."
+def outcomes(cls, monkeypatch, *groups, **said):
+    "What the suite, or some groups of it, say of a class of models; `said` are attributes of the suite."
     class Tests(*groups):
         prompts, new_tokens = ["One day ", "The", "a"], 24
         def make(self): return cls(SOUND.tokenizer.characters, SOUND.counts)
     monkeypatch.setitem(REGISTRY["generators"], "markov", cls)
-    return run_tests(Tests)
+    return run_tests(type("Tests", (Tests,), said))
 
 
 def named(found, outcome): return {one.test for one in found if one.outcome == outcome}
@@ -324,6 +324,17 @@ def test_a_fault_is_found(cls, tests, monkeypatch):
     found = outcomes(cls, monkeypatch, *(group for group in GeneratorTests.__bases__ if vars(group).keys() & tests))
     assert tests <= named(found, "failed"), found
     assert all(one.reason for one in found if one.outcome != "passed")
+
+
+@pytest.mark.parametrize("cls, said, test", [
+    (PlansAhead, "writes_left_to_right", "a_longer_text_begins_as_a_shorter_one"), (NllPerToken, "scores_its_text", "logprobs_add_up_to_nll"),
+    (SavesRounded, "save", "what_was_saved_loads_and_writes_the_same")])
+def test_what_a_suite_says_is_no_fault(cls, said, test, monkeypatch):
+    "A model that is not made for it is not tested for it, and everything else is."
+    sound = named(outcomes(Markov, monkeypatch, GeneratorTests), "passed")
+    found = outcomes(cls, monkeypatch, GeneratorTests, **{said: False})
+    left_out = {one.test for one in found if one.outcome == "skipped" and one.reason == f"{cls.__name__} has no {said}"}
+    assert f"test_{test}" in left_out and not named(found, "failed") and named(found, "passed") == sound - left_out, found
 
 
 def test_every_test_finds_something():
