@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 UNITS = ["nats/char", "nats/token", "bits/char", "bits/byte", "tokens/s", "%", "MB", "GB", "ms", "s", "minutes", "×"]
 # These import no framework at module level.
-LIGHT = {"core", "generator", "model_files", "lstm", "loop", "rnn", "tokenizer", "tokenizer_io", "corpus", "files", "cleaning", "folders", "sources", "encoding", "data",
+LIGHT = {"core", "generator", "model_files", "lstm", "loop", "rnn", "recurrence", "tokenizer", "tokenizer_io", "corpus", "files", "cleaning", "folders", "sources", "encoding", "data",
          "constrained", "evaluate", "runs", "cli", "data_commands", "export", "peers", "rounds", "workloads",
          "benchmark", "training", "jobs", "batch", "testing"}
 NUMBER = r"\d\d[a-z]?_"  # of a chapter
