@@ -26,7 +26,7 @@ import typer
 from typer import Option
 
 from .cli import open_model, program, typed, with_settings
-from .core import GenerationConfig, TextgenError, UsageError, atomic_path, counted, model_path, parse
+from .core import GenerationConfig, TextgenError, UsageError, asked_generator, atomic_path, counted, model_path, parse
 from .jobs import by_engine, encoded, in_turn, jobs_of, read_rows, shown
 
 # %% ../nbs/14h_batch.ipynb #be1093d6
@@ -124,12 +124,13 @@ def find_prompts(name: str, folder: Path) -> Path:  # raises UsageError
 def record_of(model, prompts, settings: dict, seed, dtype, folder: Path) -> dict:
     "What is asked for, and what it is asked of; raises UsageError."
     parse(GenerationConfig, {**settings, "seed": seed})
-    path, file = model_path(model), find_prompts(str(prompts), folder)
+    (name, rest), file = asked_generator(model), find_prompts(str(prompts), folder)
+    path = model_path(rest)
     if not path.exists():
         raise UsageError(f"no model in {str(path)!r}; name a run, a model directory or a .gguf file")
     if not (count := sum(1 for _ in read_rows(file))):
         raise UsageError(f"{shown(file)} has no prompt in it; write one in each line")
-    return {"model": str(path.resolve()), "prompts": str(file), "settings": settings, "seed": seed, "dtype": dtype,
+    return {"model": f"{name}:{path.resolve()}".lstrip(":"), "prompts": str(file), "settings": settings, "seed": seed, "dtype": dtype,
             "count": count, "sums": {"model": digest(path), "prompts": digest(file)}}
 
 # %% ../nbs/14h_batch.ipynb #971de26b

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REGISTRY', 'MODEL_TYPES', 'TextgenError', 'UsageError', 'suggest', 'counted', 'GenerationConfig', 'parse', 'uniforms',
-           'derive_seed', 'seed_everything', 'register', 'registered', 'resolve', 'model_path', 'load', 'atomic_path']
+           'derive_seed', 'seed_everything', 'register', 'registered', 'resolve', 'model_path', 'asked_generator',
+           'load', 'atomic_path']
 
 # %% ../nbs/00_core.ipynb #07afeb8a
 import contextlib
@@ -236,16 +237,23 @@ def model_path(
         raise kind(f"{missing} cannot be reached for a model of that name") from error
 
 # %% ../nbs/00_core.ipynb #75da9058
+def asked_generator(
+    path,  # as for `load`
+) -> tuple[str, object]:  # the name before the colon, "" without one; and the rest
+    "Split `hf:gpt2` in the generator and the model; a file or directory that is there is never split."
+    name, colon, rest = path.partition(":") if isinstance(path, str) else ("", "", "")
+    asked = colon and rest and name in registered("generators") and not Path(path).exists()
+    return (name, rest) if asked else ("", path)
+
+# %% ../nbs/00_core.ipynb #4ec183df
 def load(
     path,  # a run, any model directory in the Hugging Face layout, a .gguf file, or a model's name on the hub
     **options,  # of the generator's own `load`, such as device="cpu"
 ):  # a TextGenerator of the next chapter
     "Open a model for writing, by the generator that `hf:` or another name before it asks for; raises UsageError."
-    name, colon, rest = path.partition(":") if isinstance(path, str) else ("", "", "")
-    if colon and rest and name in registered("generators") and not Path(path).exists():
-        return resolve("generators", name).load(model_path(rest), **options)
-    path = model_path(path)
-    return resolve("generators", _generator_for(path)).load(path, **options)
+    name, rest = asked_generator(path)
+    path = model_path(rest)
+    return resolve("generators", name or _generator_for(path)).load(path, **options)
 
 
 def _generator_for(path: Path) -> str:

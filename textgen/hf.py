@@ -72,11 +72,11 @@ def run(
     given = {"input_ids": ids, "use_cache": cache is not None, "logits_to_keep": keep}
     if cache is not None:
         given |= {"past_key_values": cache, "cache_params": cache}  # by either name
-    if totals:
-        most, lengths = max(totals), torch.tensor(totals, device=ids.device)[:, None]  # (B, 1)
+    if totals and min(totals) < (most := max(totals)):  # else there is no padding to speak of
+        lengths = torch.tensor(totals, device=ids.device)[:, None]  # (B, 1)
         places = torch.arange(most, device=ids.device) - (most - lengths)  # (B, most), below 0 in the padding
         given["position_ids"] = places[:, most - ids.shape[1] :].clamp(min=0)
-        if min(totals) < most and decoder.keeps != "state":  # a state has no places that could be hidden
+        if decoder.keeps != "state":  # a state has no places that could be hidden
             given["attention_mask"] = (places >= 0).long()
     logits = decoder.model(**{name: value for name, value in given.items() if name in decoder.names}).logits
     return logits[:, -keep:]
