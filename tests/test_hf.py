@@ -163,6 +163,12 @@ def test_join_and_gather_make_caches_of_their_own(neox):
     assert torch.equal(alone.layers[1].values, first.layers[1].values[3:, :, :2])
 
 
+@pytest.mark.parametrize("kind", ["llama", "mamba", "jamba"])
+def test_half_precision_is_no_reason_to_mistrust_a_cache(kind):
+    decoder = HF(tiny(kind).to(torch.bfloat16), CHARS).decoder
+    assert decoder.keeps == KEPT[kind] and decoder.pads
+
+
 def test_all_settings_are_obeyed(neox):
     import llguidance  # noqa: F401
     assert HF.honours == frozenset(GenerationConfig.model_fields)

@@ -26,7 +26,8 @@ import typer
 from typer import Option
 
 from .cli import open_model, program, typed, with_settings
-from .core import GenerationConfig, TextgenError, UsageError, asked_generator, atomic_path, counted, model_path, parse
+from .core import (GenerationConfig, TextgenError, UsageError, asked_generator, atomic_path, counted, model_path,
+                          parse)
 from .jobs import by_engine, encoded, in_turn, jobs_of, read_rows, shown
 
 # %% ../nbs/14h_batch.ipynb #be1093d6
@@ -130,8 +131,9 @@ def record_of(model, prompts, settings: dict, seed, dtype, folder: Path) -> dict
         raise UsageError(f"no model in {str(path)!r}; name a run, a model directory or a .gguf file")
     if not (count := sum(1 for _ in read_rows(file))):
         raise UsageError(f"{shown(file)} has no prompt in it; write one in each line")
-    return {"model": f"{name}:{path.resolve()}".lstrip(":"), "prompts": str(file), "settings": settings, "seed": seed, "dtype": dtype,
-            "count": count, "sums": {"model": digest(path), "prompts": digest(file)}}
+    full = f"{name}:{path.resolve()}".lstrip(":")
+    return {"model": full, "prompts": str(file), "settings": settings, "seed": seed, "dtype": dtype, "count": count,
+            "sums": {"model": digest(path), "prompts": digest(file)}}
 
 # %% ../nbs/14h_batch.ipynb #971de26b
 def begin(

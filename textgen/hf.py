@@ -50,6 +50,7 @@ class Borrowed:
         first = lambda i: known(next(iter(i), None) if isinstance(i, list | tuple) else i)
         self.model, self.names = model.eval(), set(inspect.signature(model.forward).parameters)
         self.transformer = SimpleNamespace(wte=model.get_input_embeddings())
+        self.rounding = 1e-3 if self.transformer.wte.weight.dtype == torch.float32 else 0.1  # for `alike`
         self.config = SimpleNamespace(vocab_size=c.vocab_size, n_positions=context_of(c),
                                       eos_token_id=first(c.eos_token_id), bos_token_id=first(c.bos_token_id))
 
@@ -101,9 +102,9 @@ def new_cache(
 def alike(
     a: Tensor,  # logits
     b: Tensor,  # those they should be, of the same shape
+    share: float = 1e-3,  # of their spread, by which they may differ
 ) -> bool:
     "Whether two ways to the same logits agree, but for rounding."
-    share = 1e-3 if b.dtype == torch.float32 else 0.1  # of their spread
     return bool((a.float() - b.float()).abs().max() <= share * b.float().std())
 
 
@@ -116,7 +117,8 @@ def what_it_keeps(decoder: Borrowed) -> str | None:
     ids = torch.arange(3, device=decoder.transformer.wte.weight.device)[None] % decoder.config.vocab_size  # (1, 3)
     try:
         run(decoder, ids[:, :2], [2], cache)
-        return kind if alike(run(decoder, ids[:, 2:], [3], cache), run(decoder, ids)[:, 2:]) else None
+        last, wanted = run(decoder, ids[:, 2:], [3], cache), run(decoder, ids)[:, 2:]
+        return kind if alike(last, wanted, decoder.rounding) else None
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):  # it has its own idea of a cache
         return None
 
@@ -274,9 +276,9 @@ def can_pad(decoder: Borrowed) -> bool:
     tensor = lambda rows: torch.tensor(rows, device=slots.device)
     alone = lambda rows: torch.cat([run(decoder, tensor([row]))[:, -1] for row in rows])
     try:
-        first = alike(read_chunks(slots, [(0, 0, rows[0]), (1, 0, rows[1])]), alone(rows))
-        second = read_newest(slots, tensor(newest), [4, 2])[:, -1]
-        return first and alike(second, alone([row + more for row, more in zip(rows, newest)]))
+        first = alike(read_chunks(slots, [(0, 0, rows[0]), (1, 0, rows[1])]), alone(rows), decoder.rounding)
+        second, longer = read_newest(slots, tensor(newest), [4, 2])[:, -1], [a + b for a, b in zip(rows, newest)]
+        return first and alike(second, alone(longer), decoder.rounding)
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
         return False
 
