@@ -1,10 +1,12 @@
 """Models of transformers in our engine: architectures of several kinds against themselves alone, and what is refused at the door."""
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from conftest import KNOWN, needs_known
 from transformers import AutoModelForCausalLM
 
 import textgen
@@ -231,6 +233,23 @@ def test_what_is_refused(saved, tmp_path):
     (saved/"model.safetensors").rename(saved/"pytorch_model.bin")
     refused("weights in other files .pickles. are not read", textgen.load, saved)
     refused("no model in", textgen.load, f"hf:{tmp_path}/nothing")
+
+
+@needs_known
+def test_a_real_model_both_ways():
+    "Stories260K by its known text, and the same as our decoder in every respect that shows."
+    place = Path(KNOWN)
+    if not (place/"stories260K-hf").is_dir(): pytest.skip("no stories260K-hf there")
+    ours, theirs = (textgen.load(f"{kind}:{place}/stories260K-hf", device="cpu") for kind in ("gpt", "hf"))
+    assert (type(theirs), theirs.decoder.keeps, theirs.decoder.pads) == (HF, "keys", True)
+    got, = theirs.generate("", temperature=0, max_new_tokens=200, stop_token_ids=[])
+    expected = (place/"stories260K"/"expected-greedy-from-bos-200.txt").read_text(encoding="utf-8")
+    assert got.text.strip() == expected.strip()
+    settings = dict(seed=3, n=2, temperature=0.9, top_p=0.95, repetition_penalty=1.1, max_new_tokens=60)
+    prompts = ["Once upon a time", "Lily and her dog", "The"]
+    assert ours.generate(prompts, **settings) == theirs.generate(prompts, **settings)
+    assert theirs.nll(prompts) == pytest.approx(ours.nll(prompts), rel=1e-4)
+    assert (ours.eos_id, ours.context_length, ours.defaults) == (theirs.eos_id, theirs.context_length, theirs.defaults)
 
 
 def test_a_draft_model_must_be_a_decoder_of_ours(neox, saved):
