@@ -22,7 +22,8 @@ from .gpt import find_device
 from .hf import context_of, open_tokenizer, open_weights, quiet
 from .penalties import History
 from .tokenizer import Tokenizer
-from .weights import find_dtype, new_files
+from .model_files import new_files
+from .weights import find_dtype
 
 # %% ../nbs/11a_masked.ipynb #0695d632
 def frame(
