@@ -179,6 +179,28 @@ def test_loaded_by_its_type(bert, saved):
     with pytest.raises(UsageError, match="tensors are missing"): textgen.load(saved)
 
 
+def test_roberta_with_bytes_for_letters(tmp_path):
+    "Its tokenizer puts nothing before a prompt by itself, and its positions begin behind the padding token's number."
+    backend = hf.Tokenizer(hf.models.BPE())
+    backend.pre_tokenizer, backend.decoder = hf.pre_tokenizers.ByteLevel(add_prefix_space=False), hf.decoders.ByteLevel()
+    backend.train_from_iterator(["the fox sings and the moon sleeps"] * 9, hf.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"], initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    backend.post_processor = hf.processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    special = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", mask_token="<mask>", cls_token="<s>", sep_token="</s>")
+    config = transformers.RobertaConfig(vocab_size=backend.get_vocab_size(), **SIZES | dict(pad_token_id=1, max_position_embeddings=26))
+    torch.manual_seed(0)
+    with quiet():
+        AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+        transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(tmp_path)
+    model = textgen.load(tmp_path, device="cpu")
+    assert (model.marks, model.mask, model.context_length) == (([0], [2]), 4, 24)
+    made = model.generate(["the fox", "and the moon sings", ""], max_new_tokens=9, seed=1)
+    assert [model.generate(prompt, max_new_tokens=9, seed=1) == [one] for prompt, one in zip(["the fox", "and the moon sings", ""], made)] == [True] * 3
+    assert len(model.generate("", max_new_tokens=22)[0].token_ids) == 22  # every position it has
+    with pytest.raises(UsageError, match="exceed the 22"): model.generate("", max_new_tokens=23)
+
+
 def test_what_is_refused(bert, saved):
     def refused(words, call, *args, **settings):
         with pytest.raises(UsageError, match=words) as told: call(*args, **settings)

@@ -172,8 +172,8 @@ class Masked(TextGenerator):
             raise UsageError(f"rounds: must be a whole number of 1 or more, not {rounds!r}")
         config, self.model, self.tokenizer, self.rounds = model.config.get_text_config(), model, tokenizer, rounds
         self.vocab_size, self.defaults, self.marks = config.vocab_size, defaults or GenerationConfig(), frame(tokenizer)
-        self.mask, self.pad = find_mask(tokenizer), config.pad_token_id or 0
-        self.context_length = context_of(config) - position_offset(model)
+        self.mask, self.eos_id = find_mask(tokenizer), (self.marks[0] or [None])[-1]  # that for an empty prompt
+        self.pad, self.context_length = config.pad_token_id or 0, context_of(config) - position_offset(model)
         self.device, self.out = model.eval().device, unwritable(tokenizer, self.vocab_size).to(model.device)
 
     def tokens(self, prompts, seeds, config, closed=frozenset()):
@@ -197,9 +197,8 @@ def position_offset(
 
 def lay_out(model: Masked, ids: list[int], seed: int, config: GenerationConfig) -> Draft:
     "Make a prompt and its gaps fit what the model sees; raises UsageError."
-    before, after = model.marks
-    prefix, count = len(model.tokenizer.prefix), config.max_new_tokens
-    prompt = ids[prefix:] if tuple(ids[:prefix]) == tuple(model.tokenizer.prefix) else ids
+    (before, after), count = model.marks, config.max_new_tokens
+    prompt = ids[len(before) :] if ids[: len(before)] == before else ids
     room = model.context_length - len(before) - len(after)  # for prompt and text
     if config.overflow == "stop":
         count = max(0, min(count, room - len(prompt)))
