@@ -14,8 +14,8 @@ import torch
 from .core import TextgenError, UsageError
 from .gpt import find_device
 from .muon import placed, whole
-from .recipe import TrainConfig
-from .train import Alone, Precision
+from .recipe import Precision, TrainConfig
+from .train import Alone
 from .trainer import Interrupted
 
 # %% ../nbs/08f_processes.ipynb #e25056d9
