@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from conftest import KNOWN, needs_known
 from transformers import AutoModelForCausalLM
 
@@ -216,6 +217,15 @@ def test_a_hub_that_is_not_there(monkeypatch):
     refused("cannot be reached for a model of that name", textgen.load, "some/model", error=TextgenError)
     fails(hub.errors.RepositoryNotFoundError("nothing", response=SimpleNamespace(headers={}, request=None, status_code=404)))
     refused("shows no model of that name", textgen.load, "hf:some/model")
+
+
+def test_a_full_disk_while_saving(saved, neox, monkeypatch):
+    "Safetensors has a word of its own for it."
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    def full(*args, **settings): raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr(neox.decoder.model, "save_pretrained", full)
+    with pytest.raises(TextgenError, match="could not write .*No space left"): neox.save(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
 def test_what_is_refused(saved, tmp_path):

@@ -10,7 +10,7 @@ import textgen
 from textgen.core import TextgenError, UsageError
 from textgen.loop import TURNS, layers_of, writer
 from textgen.lstm import RNNShape, build_network, load_tensorflow
-from textgen.rnn import FIRST, ROWS, RNN
+from textgen.rnn import FIRST, ROWS, RNN, tensorflow_device
 from textgen.tokenizer import CharTokenizer
 
 tf = load_tensorflow()
@@ -148,6 +148,11 @@ def test_a_full_disk_leaves_the_model(saved, model, monkeypatch):
     monkeypatch.setattr("textgen.rnn.write_object", full)
     with pytest.raises(TextgenError, match="No space left"): model.save(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_the_first_of_several_gpus(monkeypatch):
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["a GPU"] * 2)
+    assert [tensorflow_device(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == ["/GPU:0", "/GPU:0", "/GPU:1", "/CPU:0"]
 
 
 def test_textgen_loads_it_from_the_command_line(saved, capsys):

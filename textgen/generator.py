@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EVERY_MODEL', 'Token', 'Logprob', 'Piece', 'Generation', 'TextGenerator', 'fit', 'check_length', 'check', 'plan',
-           'StopStrings', 'Row', 'pieces', 'collect']
+           'StopStrings', 'Row', 'pieces', 'collect', 'device_named']
 
 # %% ../nbs/00a_generator.ipynb #1c76d0fe
 import contextlib
@@ -237,3 +237,19 @@ def collect(stream: Iterator[Piece], seeds: list[int]) -> list[Generation]:
         if piece.logprobs is not None:
             row.logprobs = (row.logprobs or []) + piece.logprobs
     return rows
+
+# %% ../nbs/00a_generator.ipynb #da44b7fb
+def device_named(
+    name: str,  # "auto": the first GPU where there is one; or "cpu", "cuda", "cuda:1", and what else is there
+    gpus: int,  # that the framework sees
+    framework: str,  # with its version, for the error
+    more=(),  # other names that mean something here
+) -> str:  # raises UsageError
+    "The device that a name means on this machine."
+    there = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus)), *more]
+    if name == "auto":
+        return "cuda" if gpus else "cpu"
+    if str(name) not in there:
+        raise UsageError(f"no device {str(name)!r} here: this {framework} sees {', '.join(there)}; "
+                         "use one of them, or auto")
+    return str(name)

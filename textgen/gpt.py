@@ -18,7 +18,7 @@ from .checkpoint import write_checkpoint
 from .core import GenerationConfig, TextgenError, UsageError
 from .decoder import Decoder
 from .engine import Engine
-from .generator import TextGenerator
+from .generator import TextGenerator, device_named
 from .gguf import open_model
 from .graphs import GraphSlots
 from .int8 import Int8Matrix, compiled_multiply, in_int8
@@ -186,14 +186,8 @@ def find_device(
     name: str = "auto",  # "auto": the GPU where there is one; or "cpu", "cuda", "cuda:1", "mps"
 ) -> torch.device:  # raises UsageError where it is not there
     "The device that a name means on this machine."
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    there = ["cpu", *(["cuda"] if gpus else []), *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
-    if name == "auto":
-        name = "cuda" if gpus else "cpu"
-    if str(name) not in there:
-        raise UsageError(f"no device {str(name)!r} here: this PyTorch ({torch.__version__}) sees {', '.join(there)}; "
-                         "use one of them, or auto")
-    return torch.device(name)
+    more = ["mps"] if torch.backends.mps.is_available() else []
+    return torch.device(device_named(name, torch.cuda.device_count(), f"PyTorch ({torch.__version__})", more))
 
 # %% ../nbs/07f_gpt.ipynb #da1b13b7
 def prepared(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BOUNDLESS', 'TRANSFORMERS', 'context_of', 'Borrowed', 'run', 'new_cache', 'alike', 'what_it_keeps', 'join',
            'BorrowedSlots', 'part', 'groups', 'read', 'read_chunks', 'gather', 'read_newest', 'can_pad', 'HF', 'quiet',
-           'first_line', 'open_config', 'open_weights', 'open_tokenizer', 'load_causal', 'to_transformers']
+           'first_line', 'open_config', 'open_weights', 'open_tokenizer', 'model_and_tokenizer', 'load_causal',
+           'to_transformers']
 
 # %% ../nbs/11_hf.ipynb #3354dd02
 import contextlib
@@ -23,7 +24,7 @@ from torch import Tensor
 from .choosing import choose
 from .core import GenerationConfig, UsageError, model_path
 from .gpt import GPT, find_device
-from .model_files import generation_config, new_files, read_generation_config
+from .model_files import generation_config, new_files, read_generation_config, write_object
 from .tokenizer import Tokenizer
 from .tokenizer_io import transformers_tokenizer
 from .weights import find_dtype
@@ -158,11 +159,8 @@ class BorrowedSlots:
         self.device = decoder.transformer.wte.weight.device
         self.ids, self.homes = [[] for _ in range(slots)], [None] * slots
 
-    def prefill(self, chunks):
-        return read_chunks(self, chunks)
-
-    def decode(self, ids, starts, ends):
-        return read_newest(self, ids, ends)
+    prefill = lambda self, chunks: read_chunks(self, chunks)
+    decode = lambda self, ids, starts, ends: read_newest(self, ids, ends)
 
     def usable(self, slot: int, count: int) -> bool:
         "Whether a slot's home knows its first `count` tokens."
@@ -304,7 +302,7 @@ class HF(GPT):
             self.decoder.model.save_pretrained(new)
             self.tokenizer.save(new)
             settings = generation_config(self.eos_id, self.defaults, self.decoder.config.bos_token_id)
-            (new / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+            write_object(new / "generation_config.json", settings)
 
     @classmethod
     def load(cls, path, device="auto", dtype="float32", compile="auto") -> "HF":
@@ -385,6 +383,18 @@ def open_tokenizer(
     return transformers_tokenizer(str(path))
 
 # %% ../nbs/11_hf.ipynb #84435641
+def model_and_tokenizer(
+    path: Path, purpose: str,  # as for `open_weights`
+    device: str, dtype: str, compile: bool | str,  # as for `load_causal`
+):  # a PreTrainedModel in its place and its Tokenizer; raises UsageError
+    "What a class of ours is made of."
+    place, kind = find_device(device), "auto" if dtype == "auto" else find_dtype(dtype, more=("auto",))
+    model, tokenizer = open_weights(path, purpose, kind).to(place), open_tokenizer(path)
+    if compile is True:
+        model.forward = torch.compile(model.forward, dynamic=True)
+    return model, tokenizer
+
+# %% ../nbs/11_hf.ipynb #7dd5606a
 def load_causal(
     cls,  # HF, or a class derived from it
     path,  # a directory in Hugging Face's layout, or a name on the hub
@@ -393,14 +403,10 @@ def load_causal(
     compile: bool | str = "auto",  # True: torch.compile makes their step, which takes a while; else it does not
 ):
     "Read a model to write with; raises UsageError."
-    path, device = model_path(path), find_device(device)
-    kind = "auto" if dtype == "auto" else find_dtype(dtype, more=("auto",))
-    model = open_weights(path, "CausalLM", kind)
-    made = cls(model.to(device), open_tokenizer(path))
+    path = model_path(path)
+    made = cls(*model_and_tokenizer(path, "CausalLM", device, dtype, compile))
     file = path / "generation_config.json"
     made.eos_id, made.defaults = read_generation_config(file, made.eos_id, made.vocab_size)
-    if compile is True:
-        model.forward = torch.compile(model.forward, dynamic=True)
     return made
 
 # %% ../nbs/11_hf.ipynb #e4e6fa30

@@ -8,22 +8,16 @@ __all__ = ['frame', 'find_mask', 'unwritable', 'schedule_of', 'least_certain', '
 
 # %% ../nbs/11a_masked.ipynb #56607294
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .choosing import choose, logprobs, settings_of
 from .core import GenerationConfig, TextgenError, UsageError, model_path, uniforms
 from .generator import TextGenerator, Token
-from .gpt import find_device
-from .hf import context_of, open_tokenizer, open_weights, quiet
+from .hf import context_of, model_and_tokenizer
 from .penalties import History
 from .tokenizer import Tokenizer
-from .model_files import new_files
-from .weights import find_dtype
 
 # %% ../nbs/11a_masked.ipynb #0695d632
 def frame(
@@ -278,10 +272,4 @@ def load_masked(
     rounds: int = 10,  # looks, at most
 ):
     "Read a model to fill gaps with; raises UsageError."
-    path, device = model_path(path), find_device(device)
-    kind = "auto" if dtype == "auto" else find_dtype(dtype, more=("auto",))
-    model = open_weights(path, "MaskedLM", kind).to(device)
-    made = cls(model, open_tokenizer(path), rounds)
-    if compile is True:
-        model.forward = torch.compile(model.forward, dynamic=True)
-    return made
+    return cls(*model_and_tokenizer(model_path(path), "MaskedLM", device, dtype, compile), rounds)

@@ -79,13 +79,15 @@ def new_files(
     directory,  # of a model, made if need be; files that are not of a model stay
 ) -> Iterator[Path]:  # where to write them
     "A folder whose files become those of a model, all or none; raises TextgenError when the disk refuses."
+    from safetensors import SafetensorError  # the library's word for a disk that refuses
+
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as new:
             yield Path(new)
             put_in_place(Path(new), directory)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TextgenError(f"could not write {directory}: {reason}; check the path and that there is space") from None
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from .constrained import Constraint
 from .core import GenerationConfig, TextgenError, UsageError, parse, uniforms
-from .generator import TextGenerator, Token
+from .generator import TextGenerator, Token, device_named
 from .loop import TURNS, layers_of, reader, settings_of, tables, tensors, writer
 from .lstm import RNNShape, build_network, load_tensorflow, no_state
 from .model_files import generation_config, new_files, read_generation_config, read_object, write_object
@@ -40,7 +40,7 @@ class RNN(TextGenerator):
         defaults: GenerationConfig | None = None,  # what a call does not set
     ):
         self.network, self.shape, self.tokenizer = network, shape, tokenizer
-        self.vocab_size, self.defaults, self.asked = network.get_layer("embedding").input_dim, defaults, 0
+        self.vocab_size, self.asked = network.get_layer("embedding").input_dim, 0
         if tokenizer.vocab_size != self.vocab_size:
             raise UsageError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model {self.vocab_size}; "
                              "use the tokenizer that the model was trained with")
@@ -49,7 +49,6 @@ class RNN(TextGenerator):
     tensors = functools.cached_property(lambda self: tensors(layers_of(self.network, self.shape)))
     tokens = lambda self, prompts, seeds, config, closed: write(self, prompts, seeds, config, closed)
     save = lambda self, path: save_rnn(self, path)
-
     nll = lambda self, texts: rnn_nll(self, texts)
 
     @classmethod
@@ -128,16 +127,17 @@ class Company:
     "Rows that are written together, and how far they are."
 
     def __init__(self, model, rows: range, prompts: list, seeds: list, config: GenerationConfig, constraints: list):
-        B, V = len(filled_up(prompts)), model.vocab_size
+        all_prompts, V = filled_up(prompts), model.vocab_size
+        B = len(all_prompts)
         self.model, self.config, self.seeds, self.constraints = model, config, filled_up(seeds), constraints
         self.alive, self.texts = dict(enumerate(rows)), [list(ids) for ids in prompts]
         self.ends = {model.eos_id, *config.stop_token_ids} - {None}
         self.jit = worth_compiling(model, len(prompts) * config.max_new_tokens)
         self.guided = bool(config.no_repeat_ngram_size or any(constraints))
-        self.settings = settings_of([config] * B, filled_up(prompts), V, [self.ends] * B)
+        self.settings = settings_of([config] * B, all_prompts, V, [self.ends] * B)
         long = self.jit and max(map(len, prompts)) > 1000
-        states = read_prompts(model.shape, model.tensors, filled_up(prompts), long)
-        self.now = [np.array([ids[-1] for ids in filled_up(prompts)], "int32"), states, np.zeros((B, V), "int32")]
+        states = read_prompts(model.shape, model.tensors, all_prompts, long)
+        self.now = [np.array([ids[-1] for ids in all_prompts], "int32"), states, np.zeros((B, V), "int32")]
         self.written = 0
 
 # %% ../nbs/10b_rnn.ipynb #7ff679b8
@@ -148,7 +148,7 @@ def advance(company: Company, turns: int) -> list[np.ndarray]:  # (turns, B) ids
     u = np.stack([draw(seed, TURNS, company.written) for seed in company.seeds], axis=1)  # (TURNS, B)
     if company.guided:
         rows = allowed(company.texts, company.constraints, config.no_repeat_ngram_size, model.vocab_size)
-        company.settings["allowed"] = rows[[*range(len(rows)), *[0] * (u.shape[1] - len(rows))]]
+        company.settings["allowed"] = np.stack(filled_up([*rows]))
     write, written = writer(model.shape.cell, company.jit), np.int32(company.written)
     asked = (u, np.int32(turns), company.settings, config.logprobs)
     *company.now, news = write(model.tensors, *company.now, written, *asked)
@@ -292,13 +292,9 @@ def tensorflow_device(
     name: str = "auto",  # "auto": the GPU where there is one; or "cpu", "cuda", "cuda:1"
 ) -> str:  # in TensorFlow's words
     "The device that a name means on this machine; raises UsageError where it is not there."
-    gpus = [f"cuda:{i}" for i in range(len(load_tensorflow().config.list_physical_devices("GPU")))]
-    there = ["cpu", *(["cuda"] if gpus else []), *gpus]
-    name = str(name) if name != "auto" else there[-1]
-    if name not in there:
-        raise UsageError(f"no device {name!r} here: this TensorFlow ({load_tensorflow().__version__}) sees "
-                         f"{', '.join(there)}; use one of them, or auto")
-    kind, _, number = name.partition(":")
+    tf = load_tensorflow()
+    found = device_named(name, len(tf.config.list_physical_devices("GPU")), f"TensorFlow ({tf.__version__})")
+    kind, _, number = found.partition(":")
     return "/CPU:0" if kind == "cpu" else f"/GPU:{number or 0}"
 
 # %% ../nbs/10b_rnn.ipynb #10c927b2

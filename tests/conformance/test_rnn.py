@@ -1,5 +1,4 @@
 """LSTM and GRU, by the graph as it is and compiled by XLA, with characters and with tokens that end a text."""
-import numpy as np
 import pytest
 
 pytest.importorskip("tensorflow", reason="needs the extra lstm")
