@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 PACKAGE := settings.ini setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lab docs figures swaps benchmark training hooks clean
+.PHONY: help demo test test-all lab docs figures swaps standing benchmark training hooks clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ figures: .venv/made-dev  ## measure anew what README quotes (some minutes; Tiny 
 
 swaps: .venv/made-dev  ## train GPT-2 and Llama and what lies between for chapter 05a (half an hour on one core)
 	@$(BIN)/python .ci/swaps.py
+
+standing: .venv/made-dev  ## train the LSTM and the decoder side by side for chapter 10d (half an hour on one core; needs TEXTGEN_DATA)
+	@$(BIN)/python .ci/standing.py
 
 benchmark: .venv/made-dev  ## measure the data pipeline beside datasets, tiktoken and torch's DataLoader (needs TEXTGEN_DATA and 4 GB of disk)
 	@$(BIN)/python .ci/benchmark.py

@@ -150,7 +150,7 @@ def test_when_to_look():
 
 
 def test_bits_per_byte_of_a_uniform_guess(effort, text):
-    from textgen.train import Score
+    from textgen.rows import Score
     part = text.split("validation")
     count = len(part) - (text.eos_id is None)
     found = training.loss_figures(Score(math.log(256), math.log(256), count), text)

@@ -14,7 +14,8 @@ from textgen.core import UsageError
 from textgen.recipe import load_recipe
 from textgen.runs import train
 from textgen.tokenizer import BPETokenizer
-from textgen.trainer import fit, judge, notes, start
+from textgen.fitting import fit, judge
+from textgen.trainer import notes, start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FABLE = "The fox looked up at the grapes, and the grapes looked down at the fox.\n"

@@ -281,7 +281,7 @@ def told(counts: Iterator[int], done: int, total: int, progress: bool = True, pa
 def stoppable(folder: Path, output: Path, count: int) -> Iterator:  # of a function that says whether to stop
     "Turn Ctrl-C and SIGTERM into a flag, and then into an error that says how to go on."
     from textgen.runs import stop_signals
-    from textgen.trainer import Interrupted
+    from textgen.fitting import Interrupted
 
     try:
         with stop_signals() as stopped:

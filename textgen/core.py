@@ -184,6 +184,8 @@ REGISTRY = {
     "metrics": {},
     "commands": {"data": "textgen.data_commands:app", "export": "textgen.export:app",
                  "benchmark": "textgen.training:app", "batch": "textgen.batch:app"},
+    "recipes": {"gpt": "textgen.recipe:TrainConfig", "rnn": "textgen.rnn_trainer:RNNConfig"},  # by generator
+    "trainers": {"gpt": "textgen.processes:started", "rnn": "textgen.rnn_trainer:started"},
 }
 # the model_type of a config.json, or what a file is -> the generator that reads it
 MODEL_TYPES = {"gpt2": "gpt", "llama": "gpt", "textgen": "gpt", "gguf": "gpt", "lstm": "rnn", "gru": "rnn",
@@ -191,7 +193,7 @@ MODEL_TYPES = {"gpt2": "gpt", "llama": "gpt", "textgen": "gpt", "gguf": "gpt", "
 
 
 def register(
-    kind: str,  # "generators", "tokenizers", "metrics" or "commands"
+    kind: str,  # "generators", "tokenizers", "metrics", "commands", "recipes" or "trainers"
     name: str,  # a new name, or one to replace
     target,  # "module:Class", or the object itself
 ):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Share', 'Precision', 'RECIPES', 'OptimizerConfig', 'make_optimizers', 'even_parts', 'rate_at', 'ModelConfig',
-           'SampleConfig', 'LoRAConfig', 'WatchConfig', 'TrainConfig', 'read_yaml', 'decoder_config', 'load_recipe']
+           'SampleConfig', 'LoRAConfig', 'WatchConfig', 'RunConfig', 'TrainConfig', 'read_yaml', 'decoder_config',
+           'load_recipe']
 
 # %% ../nbs/08c_recipe.ipynb #04b30bae
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from .core import GenerationConfig, UsageError, parse, suggest
+from .core import GenerationConfig, UsageError, parse, resolve, suggest
 
 # %% ../nbs/08c_recipe.ipynb #a7a1090f
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -132,9 +133,10 @@ class WatchConfig(BaseModel):
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
-class TrainConfig(WatchConfig):
-    "A recipe: every number that shapes a run."
+class RunConfig(WatchConfig):
+    "What every recipe says, whatever kind of model it trains."
     recipe: str  # its name
+    generator: str  # the kind of model, by its name in the registry
     seed: int = Field(ge=0, lt=2**32)  # fixes weights, order, dropout and samples
     device: str  # "auto", "cpu", "cuda", "cuda:1", ...
     data: str  # a named dataset, here or on the hub; a file, a folder or a pattern
@@ -142,19 +144,28 @@ class TrainConfig(WatchConfig):
     clean: tuple[str, ...] = ()  # steps of cleaning, in their order
     tokenizer: str  # "char", "bpe:SIZE", "gpt2" or a directory
     val_fraction: float = Field(gt=0, lt=1)  # held out from the end of a text that has no split of its own
+    length: int = Field(ge=1)  # L, tokens in a row
+    batch_size: int = Field(ge=1)  # B, rows in a step, over all processes
+    steps: int = Field(ge=1)  # of training
+
+# %% ../nbs/08c_recipe.ipynb #62f8231b
+class TrainConfig(RunConfig):
+    "A recipe for a decoder: every number that shapes a run."
+    generator: Literal["gpt"] = "gpt"
     init_from: str | None = None  # a model to go on from, in Hugging Face's layout; its shape and tokenizer count
     lora: LoRAConfig | None = None  # train this beside the model's weights, and leave those alone
     model: ModelConfig
     zero_init: bool = False  # blocks begin by adding nothing: their last matrices are zero (Zhang et al. 2019)
-    length: int = Field(ge=1)  # L, tokens in a chunk
     rows: Literal["chunks", "documents"]  # where a chunk begins; documents only where they have an end
-    batch_size: int = Field(ge=1)  # B, chunks in a step, over all processes
     accumulate: int = Field(1, ge=1)  # parts in which a process takes its share of them
     sharded: bool = False  # of several processes each has a part of all weights; else each has all
-    steps: int = Field(ge=1)  # of training
     precision: Precision = "auto"  # of products: fp32, bf16, fp16; auto: bf16 where that is faster
     optimizer: OptimizerConfig
     ema: Share = 0.0  # the average of all weights keeps so much of itself at a step; 0: no average
+
+    def check(self):
+        "Raise UsageError for what single values cannot tell, such as heads that do not divide the channels."
+        decoder_config(self, 1)
 
 # %% ../nbs/08c_recipe.ipynb #02eac1f2
 def read_yaml(path) -> dict:
@@ -182,7 +193,7 @@ RECIPES = files("textgen") / "recipes"
 def load_recipe(
     recipe: str,  # the name of a shipped one, or the path of a .yaml file
     changes: dict | None = None,  # {"steps": 100, "model.n_layer": 2}
-) -> TrainConfig:  # raises UsageError
+) -> RunConfig:  # of the kind that its `generator` asks for, TrainConfig where it names none; raises UsageError
     "Read a recipe, change single values, and check everything."
     known = {entry.name.removesuffix(".yaml"): entry for entry in RECIPES.iterdir() if entry.name.endswith(".yaml")}
     source = known.get(recipe) or Path(recipe)
@@ -197,6 +208,7 @@ def load_recipe(
             if not isinstance(inner, dict):
                 raise UsageError(f"recipe {recipe}: unknown key {key!r}; {suggest(path[0], values)}")
         inner[last] = value
-    config = parse(TrainConfig, {"recipe": Path(recipe).stem, **values}, f"recipe {recipe}")
-    decoder_config(config, 1)  # raises for heads that do not divide the channels
+    kind = resolve("recipes", str(values.get("generator", "gpt")))
+    config = parse(kind, {"recipe": Path(recipe).stem, **values}, f"recipe {recipe}")
+    config.check()
     return config

@@ -178,14 +178,19 @@ def run_layer(cell, x, states, of):  # a Keras layer's cell; (T, B, .); an itera
 def train_step(network, shape: RNNShape, optimizer, dtype: str = "float32", fast: bool = True):  # a compiled function
     "One step of training: of ids, targets, states and a seed to the loss in nats and the states after."
     tf = load_tensorflow()
+    dropouts = [layer for layer in network.layers if hasattr(layer, "seed_generator")]
 
     def step(ids, targets, states, seed):
+        for place, layer in enumerate(dropouts):  # Keras's layers have random numbers of their own
+            state = layer.seed_generator.state
+            state.assign(tf.cast([seed[0], seed[1] * 64 + place], state.dtype))
         with tf.GradientTape() as tape:
             if fast:
                 logits, states = forward(network, shape, ids, states, seed, dtype)
             else:
                 logits, *states = network([ids, *states], training=True)
-            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits))
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, tf.cast(logits, tf.float32))
+            loss = tf.reduce_mean(losses)
         optimizer.apply(tape.gradient(loss, network.trainable_variables), network.trainable_variables)
         return loss, states
 

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['recorder', 'speed', 'read_lines', 'rewind', 'stop_signals', 'progress_bar', 'describe', 'draw_curve', 'beginnings',
            'write_samples', 'storyteller', 'read_config', 'write_config', 'folder_to_resume', 'claimed', 'new_folder',
-           'figures', 'final_score', 'peak_memory', 'machine', 'finish', 'train', 'begin', 'closing_lines']
+           'figures', 'final_score', 'finish', 'train', 'begin', 'closing_lines']
 
 # %% ../nbs/12_runs.ipynb #a9b86d37
 import contextlib
 import json
-import platform
 import shlex
 import shutil
 import signal
@@ -21,20 +20,21 @@ from pathlib import Path
 
 import yaml
 
-from .core import TextgenError, UsageError, atomic_path, derive_seed
+from .core import TextgenError, UsageError, atomic_path, derive_seed, resolve
 from .corpus import parse as parse_story
+from .fitting import Interrupted, fit
+from .recipe import load_recipe
+from .resume import changes, restore, save_checkpoint
 
 # %% ../nbs/12_runs.ipynb #34653b49
 def recorder(
     run,
-    peak: float | None = None,  # what the machine could do, in operations a second, from `textgen.trainer.matmul_peak`
-):  # a function for `textgen.trainer.fit` to call
+    peak: float | None = None,  # what the machine could do, in operations a second, from the run's `matmul_peak`
+):  # a function for `textgen.fitting.fit` to call
     "Write losses and evaluations to metrics.jsonl as they come."
-    from textgen.trainer import flops_per_token
-
     train = run.prepared.split("train")
     tokens_per_char = len(train) / train.characters
-    percent = 100 * flops_per_token(run.model.config, run.config.length) / peak if peak else None
+    percent = 100 * run.flops_per_token / peak if peak else None
 
     def watch(run, loss, score):
         if run.step % run.config.log_every == 0 or score:
@@ -183,18 +183,14 @@ def write_samples(run, model) -> dict:  # "samples": prompts and texts; "grammat
 # %% ../nbs/12_runs.ipynb #d645ab17
 def storyteller(run):  # a function for `fit` to call
     "Let the model write on the way, into samples.jsonl."
-    from textgen.gpt import GPT
-    from textgen.trainer import usable
-
     held_out = run.prepared.tokenizer.decode(run.prepared.split("validation").tokens[:2**16])
     prompt = (beginnings(held_out, 1) or [""])[0]
 
     def watch(run, loss, score):
         if run.config.sample.every is None or run.step % run.config.sample.every:
             return
-        decoder = usable(run)  # every process gives its part
-        if run.place.is_main_process:
-            model = GPT(decoder, run.prepared.tokenizer, run.config.sample.settings)
+        model = run.writer()  # every process gives its part
+        if run.is_main_process:
             text = model.generate(prompt, seed=run.config.seed, overflow="slide")[0].text
             with open(run.folder / "samples.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": run.step, "prompt": prompt, "text": text}) + "\n")
@@ -205,10 +201,8 @@ def storyteller(run):  # a function for `fit` to call
 def read_config(
     folder,
     changes: dict | None = None,  # as in load_recipe
-):  # a TrainConfig
+):  # a RunConfig
     "The recipe that a run was started with; raises UsageError."
-    from textgen.recipe import load_recipe
-
     if not (path := Path(folder, "config.yaml")).is_file():
         raise UsageError(f"{str(folder)!r} is no run directory: it has no config.yaml; look in runs/")
     return load_recipe(str(path), changes)
@@ -221,8 +215,6 @@ def write_config(config, folder):
 
 def folder_to_resume(config, out=None, force: bool = False) -> Path:
     "The run to go on with; raises UsageError when its recipe made another run, or it has ended."
-    from textgen.resume import changes
-
     runs = sorted(Path("runs").glob(f"{config.recipe}*/config.yaml"), key=lambda path: path.stat().st_mtime)
     if out is None and not runs:
         raise UsageError(f"no run of {config.recipe} to resume in runs/; name its folder by --out")
@@ -244,7 +236,6 @@ def claimed(
 ):
     "Keep other processes from training in a folder; raises UsageError if one does, Interrupted at Ctrl-C."
     import filelock
-    from textgen.trainer import Interrupted
 
     lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
@@ -287,56 +278,31 @@ def figures(
 # %% ../nbs/12_runs.ipynb #7f8fbe90
 def final_score(
     run,
-    decoder,  # that is handed on
+    model,  # that is handed on
 ) -> dict:
     "Its held-out loss: as recorded, or measured again where the record is lost."
-    from textgen.train import evaluate
-
-    best, c = run.config.keep_best, run.config
+    best = run.config.keep_best
     for line in reversed(read_lines(run.folder)):
         score = line.get("validation")
         if score and (score["nats_per_token"] == run.best if best else line["step"] == run.step):
             return score
-    made = evaluate(decoder, run.prepared, c.length, tokens=c.evaluate_tokens)
+    made = run.score(model)
     recorder(run)(run, None, made)  # nobody knows the loss of the last batch any more
     return asdict(made)
 
 # %% ../nbs/12_runs.ipynb #e840153b
-def peak_memory(device) -> int | None:  # bytes; None where nobody tells
-    "The most memory that this process has held, on its GPU where it trains on one."
-    if device.type == "cuda":
-        import torch
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(ImportError):  # there is none on Windows
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-# %% ../nbs/12_runs.ipynb #d976e7d9
-def machine(place) -> dict:
-    "What a run was measured on."
-    import torch
-    return {"processor": platform.machine(), "threads": torch.get_num_threads(), "device": str(place.device),
-            "processes": place.num_processes, "precision": str(place.dtype or torch.float32),
-            "torch": torch.__version__, "python": platform.python_version()}
-
-# %% ../nbs/12_runs.ipynb #17c4067a
 def finish(run, peak: float | None = None) -> dict:  # what is in result.json
     "Save the model, draw the curve, let it write, and sum up."
-    from textgen.checkpoint import read_checkpoint
-    from textgen.gpt import GPT
-    from textgen.trainer import flops_per_token, usable
-
-    best, device = run.folder / "best", run.place.device
-    decoder = read_checkpoint(best).to(device) if run.config.keep_best and best.is_dir() else usable(run)
-    if not run.place.is_main_process:
+    best = run.folder / "best"
+    model = run.opened(best) if run.config.keep_best and best.is_dir() else run.writer()
+    if not run.is_main_process:
         return {}
-    score = final_score(run, decoder)
-    model = GPT(decoder, run.prepared.tokenizer, run.config.sample.settings)
-    percent = 100 * flops_per_token(decoder.config, run.config.length) * speed(run) / peak if peak else None
+    score = final_score(run, model)
+    percent = 100 * run.flops_per_token * speed(run) / peak if peak else None
     result = {"recipe": run.config.recipe, "seed": run.config.seed, "steps": run.step, **score,
-              "parameters": sum(weight.numel() for weight in decoder.parameters()), "machine": machine(run.place),
+              "parameters": run.parameters(model), "machine": run.machine(),
               "training_seconds": round(run.seconds, 1), "tokens_per_second": round(speed(run)),
-              "mfu_percent": percent, "peak_memory_bytes": peak_memory(device), **write_samples(run, model)}
+              "mfu_percent": percent, "peak_memory_bytes": run.peak_memory(), **write_samples(run, model)}
     draw_curve(run.folder)
     model.save(run.folder)
     for name, values in {"metrics.json": figures(result), "result.json": result}.items():
@@ -346,7 +312,7 @@ def finish(run, peak: float | None = None) -> dict:  # what is in result.json
 
 # %% ../nbs/12_runs.ipynb #ee859840
 def train(
-    config,  # a TrainConfig
+    config,  # a RunConfig
     out=None,  # the run's folder; None: runs/RECIPE, or the first of runs/RECIPE-2, ... that is free
     resume: bool = False,  # go on with the run in `out`; None: with the newest one of the recipe
     root="data",  # where prepared data lives
@@ -354,38 +320,30 @@ def train(
     force: bool = False,  # resume also with settings that make it another run
 ) -> tuple[Path, dict]:  # the folder, and what is in its result.json; {} on all processes but the first
     "Train by a recipe, from the start or from the last checkpoint; raises UsageError, Interrupted."
-    from textgen.processes import find_place
-    from textgen.resume import save_checkpoint
-    from textgen.trainer import fit, matmul_peak, start
-
     choose = lambda: folder_to_resume(config, out, force) if resume else new_folder(config.recipe, out)
-    with find_place(config) as place, contextlib.ExitStack() as stack:
-        folder, main = place.agree(choose), place.is_main_process
-        run = start(config, folder, root, progress and main, place)
-        if main:
-            stack.enter_context(claimed(folder))
+    started = resolve("trainers", config.generator)
+    with started(config, choose, root, progress) as run, contextlib.ExitStack() as stack:
+        if main := run.is_main_process:
+            stack.enter_context(claimed(run.folder))
         begin(run, resume, progress)
-        peak = matmul_peak(place)
+        peak = run.matmul_peak()
         log, tell = recorder(run, peak) if main else lambda *news: None, storyteller(run)
         with stop_signals() as stopped, progress_bar(run, progress and main) as show:
             fit(run, lambda *news: (log(*news), tell(*news), show(*news)), stopped, save_checkpoint)
-        return folder, finish(run, peak)
+        return run.folder, finish(run, peak)
 
 # %% ../nbs/12_runs.ipynb #854c5551
 def begin(run, resume: bool, progress: bool):
     "Put a run where it is to go on, and write down its recipe."
-    from textgen.resume import restore
-    from textgen.trainer import notes
-
     if resume:
         restore(run)
-        if run.step != (first := run.place.agree(lambda: run.step)):
+        if run.step != (first := run.agree(lambda: run.step)):
             raise TextgenError(f"this process would go on from step {run.step} of {run.folder}, and the first one from "
                                f"{first}; let all of them see the same folder")
-    if run.place.is_main_process:
+    if run.is_main_process:
         rewind(run.folder, run.step) if resume else new_folder(run.config.recipe, run.folder)  # not taken meanwhile
         write_config(run.config, run.folder)
-        for note in notes(run) if progress else ():
+        for note in run.notes() if progress else ():
             print(f"note: {note}", file=sys.stderr)
 
 # %% ../nbs/12_runs.ipynb #016c4f0c

@@ -109,11 +109,11 @@ SPEED = {"textgen AdamW": {}, "textgen AdamW, fp32": {"precision": "fp32"}, "tex
 
 def our_step(config, root: str) -> tuple:  # a Run, and what takes one step of it
     "The trainer's own step, with the look at its loss that it takes on a processor."
-    from textgen.trainer import dealt, next_step, read_losses, start
+    from textgen.fitting import read_losses
+    from textgen.trainer import start
 
     run = start(config, Path(config.recipe), root)
-    batches = dealt(run)
-    return run, lambda: read_losses(run, [next_step(run, batches)])
+    return run, lambda: read_losses(run, [run.learn()])
 
 # %% ../nbs/14g_training.ipynb #599eadd4
 @contextlib.contextmanager
@@ -129,7 +129,6 @@ def at_risk(entry: dict):
 def open_steps(effort: Effort, entries: dict) -> dict[str, Callable]:  # what takes a step, by name
     "Everybody whose steps are compared, with an entry for each."
     from textgen.baseline import as_recipe, peer_step, start_peer
-    from textgen.trainer import flops_per_token, matmul_peak
 
     settings, steps = settings_of("peer", effort), {}
     entries.update({name: {"tokens a step": settings.batch_size * settings.length} for name in ["peer", *SPEED]})
@@ -142,7 +141,7 @@ def open_steps(effort: Effort, entries: dict) -> dict[str, Callable]:  # what ta
             config = recipe_of("shakespeare", effort, {**as_recipe(settings), "steps": 10**6, **changes})
             run, steps[name] = our_step(config, effort.root)
             entry["parameters"] = sum(weight.numel() for weight in run.model.parameters())
-            entry["of the peak"] = flops_per_token(run.model.config, settings.length) / matmul_peak(run.place)
+            entry["of the peak"] = run.flops_per_token / run.matmul_peak()
     return steps
 
 # %% ../nbs/14g_training.ipynb #32bbf673
@@ -231,8 +230,9 @@ def train_peer(part: str, effort: Effort, seed: int, steps: int, record: dict):
 # %% ../nbs/14g_training.ipynb #e7a1d863
 def train_recipe(part: str, effort: Effort, seed: int, steps: int, record: dict):
     "A whole run by a recipe, whose rate falls to its end with its last step."
+    from textgen.fitting import fit
     from textgen.train import evaluate
-    from textgen.trainer import averaged, fit, start
+    from textgen.trainer import averaged, start
 
     config = recipe_of(part, effort, {"seed": seed, "steps": steps, "evaluate_every": steps})
     run = start(config, Path(part), effort.root)
