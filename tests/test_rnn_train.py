@@ -102,6 +102,25 @@ def test_the_layers_of_keras_go_on_as_well(home):
     for ours, theirs in zip(*(weights for _, weights in runs_of)): assert np.array_equal(ours, theirs)
 
 
+def test_a_kind_means_its_newest_run(home, capsys):
+    "`--model lstm`, `--model gpt`: which run was taken is said; without one, how to make it."
+    assert main(["generate", "--model", "lstm", "--prompt", "Ann"]) == 2
+    assert capsys.readouterr().err == "error: no run of a lstm model in runs; make one: textgen train lstm-demo\n"
+    assert main(["generate", "--model", "gpt", "--prompt", "Ann"]) == 2
+    assert "textgen train demo" in capsys.readouterr().err
+    for number in (1, 2): go(None, steps=2, seed=number)
+    go(None, name="gru-demo", steps=2)
+    for kind, folder in (("lstm", "runs/lstm-demo-2"), ("gru", "runs/gru-demo"), ("rnn", "runs/gru-demo")):
+        assert main(["generate", "--model", kind, "--prompt", "Ann", "--seed", "3", "--max-new-tokens", "5"]) == 0
+        said = capsys.readouterr()
+        assert said.err == f"model {folder}\nseed 3\n" and said.out.startswith("Ann")
+        assert load(kind).shape == load(folder).shape
+    assert main(["generate", "--model", "hf", "--prompt", "Ann"]) == 2
+    assert "as in hf:gpt2" in capsys.readouterr().err
+    (home/"lstm").mkdir()  # a folder of that name is the folder
+    with pytest.raises(UsageError, match="no config.json"): load("lstm")
+
+
 def test_other_settings_make_another_run(home):
     go("run", steps=6)
     (home/"run/result.json").unlink()

@@ -206,7 +206,7 @@ def begin(recipe: str | None, out: Path | None, data: str | None, pairs: list[st
 # %% ../nbs/14_cli.ipynb #8b47a3e7
 @app.command()
 def train(
-    recipe: Annotated[str | None, Argument(metavar="RECIPE", help="demo, shakespeare, gpt2, ..., a YAML file")] = None,
+    recipe: Annotated[str | None, Argument(metavar="RECIPE", help="demo, lstm-demo, shakespeare, ..., a YAML file")] = None,
     data: Annotated[str | None, Option(metavar="PATH|NAME", help="Train on a file, folder or named dataset.")] = None,
     out: Annotated[Path | None, Option(metavar="DIR", help="Where the run goes; else to runs/RECIPE.")] = None,
     changes: Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Change the recipe. Repeatable.")] = [],
@@ -323,8 +323,11 @@ def deliver(parts: Iterator[str], output: Path | None, seed: Callable[[], str]):
 # %% ../nbs/14_cli.ipynb #7a95bc5e
 def open_model(path: str, **options):  # a TextGenerator
     "A model, with those options of `load` that were given; raises UsageError."
-    from textgen.core import load
+    from textgen.core import KINDS, load, newest_run
 
+    if path in KINDS and not Path(path).exists():
+        path = newest_run(path)
+        typer.echo(f"model {path}", err=True)
     return load(path, **{name: value for name, value in options.items() if value is not None})
 
 # %% ../nbs/14_cli.ipynb #fe46722b
@@ -410,7 +413,7 @@ def seeds(settings: dict) -> str:
 @app.command()
 @with_settings
 def generate(
-    model: Annotated[str, Option(metavar="RUN", help="A run, a model directory or .gguf file, a name on the hub.")],
+    model: Annotated[str, Option(metavar="RUN", help="A run; gpt, lstm: the newest one; a folder, a .gguf, a hub name.")],
     prompt: Annotated[str | None, Option(metavar="TEXT", help="What to continue; - reads standard input.")] = None,
     output: Annotated[Path | None, Option(metavar="FILE", help="Save the text there instead of showing it.")] = None,
     device: Annotated[str | None, Option(help="cpu, cuda, cuda:1, mps or auto.")] = None,
@@ -424,7 +427,7 @@ def generate(
 
     \b
     Examples:
-      textgen generate --model runs/demo --prompt "One day" --temperature 0.8
+      textgen generate --model gpt --prompt "AI will" --temperature 0.8
       textgen generate --model runs/demo --prompt "One day" --stop "." --top-p 0.9 --n 3
     """
     settings = {"seed": secrets.randbits(32)} | typed(settings)
