@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from textgen import benchmark, kernels
+from textgen import benchmark
 from textgen.benchmark import AT_MOST, TARGETS, check_same, files_for, read_batches, read_names, tables, targets
 from textgen.core import TextgenError, UsageError
 from textgen.peers import BYTES, CONTESTANTS, SHAPES, Contestant, Lost, Runner, open_textgen, random_model
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, "-c", "import sys; from textgen.cli import main; sys.exit(main())"]  # what the script `textgen` does
 
 
-# Contestants that misbehave; their processes import them from here
+# Contestants that misbehave; their processes import them from here, and PyTorch only if they use it: it must not be imported above
 
 def dying(folder, weights): return lambda prompts, count, sampled: os.kill(os.getpid(), signal.SIGKILL)
 def hanging(folder, weights): return lambda prompts, count, sampled: time.sleep(600)
@@ -178,7 +178,7 @@ def test_of_several_differences_the_widest_counts():
 
 
 def test_how_fast_memory_is_without_a_compiler(monkeypatch):
-    monkeypatch.setattr(kernels, "compiler", lambda: None)
+    monkeypatch.setattr("textgen.kernels.compiler", lambda: None)
     memory = Memory("cpu", 2**20)
     assert memory.by == "torch.sum" and memory.speed(2**19) > 0
 
