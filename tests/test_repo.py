@@ -255,12 +255,15 @@ def chapters_begin_with_their_name(root, tmp):
 def light_imports(root, tmp):
     "Importing textgen, or a module that needs no framework, loads none."
     heavy = ["torch", "tensorflow", "keras", "transformers", "datasets", "matplotlib", "tokenizers", "pandas"]
-    for module in ["", *(f".{name}" for name in sorted(LIGHT) if (root/f"textgen/{name}.py").exists())]:
-        code = f"import sys, textgen{module}; print(*(name for name in {heavy} if name in sys.modules))"
-        done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True,
-                              env={**os.environ, "PYTHONPATH": str(root)})
-        if done.returncode: yield f"import textgen{module}: {done.stderr.strip().splitlines()[-1]}"
-        elif done.stdout.strip(): yield f"import textgen{module} loads {done.stdout.strip()}"
+    names = ["textgen", *(f"textgen.{name}" for name in sorted(LIGHT) if (root/f"textgen/{name}.py").exists())]
+
+    def complaint(*names):
+        code = f"import sys, {', '.join(names)}; print(*(name for name in {heavy} if name in sys.modules))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)})
+        if done.returncode: return f"import {names[-1]}: {done.stderr.strip().splitlines()[-1]}"
+        if done.stdout.strip(): return f"import {names[-1]} loads {done.stdout.strip()}"
+
+    if together := complaint(*names): yield from [*filter(None, map(complaint, names))] or [together]   # which one is it?
 
 
 def readme_is_fresh(root, tmp):
