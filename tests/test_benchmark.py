@@ -269,7 +269,8 @@ def test_the_command(tmp_path):
     line = [*PROGRAM, "benchmark", "generate", "--quick", "--only", "figures,batching", "--output", "out/figures.json"]
     done = subprocess.run(line, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "" and all(one.name in done.stdout for one in CONTESTANTS) and "one after another ×" in done.stdout
+    assert re.fullmatch(r"(turn \d+ of \d+: .*\n)*", done.stderr)   # one each half minute, where it is that slow
+    assert all(one.name in done.stdout for one in CONTESTANTS) and "one after another ×" in done.stdout
     results = json.loads((tmp_path/"out/figures.json").read_text(encoding="utf-8"))
     entries = results["figures"]["tiny, batch 1"]
     assert list(entries) == [one.name for one in CONTESTANTS] and results["machine"]["versions"]["torch"]
@@ -298,7 +299,8 @@ def test_ctrl_c_is_not_heard_by_a_contestant(folder):
 def test_ctrl_c_keeps_what_was_measured(tmp_path, send, number):
     """Ctrl-C goes to the whole group, as from a terminal, a batch system's SIGTERM to the program: figures so far are saved,
     the exit code is 130, nobody is left."""
-    told = "turn = rounds.take_turn\nrounds.take_turn = lambda *given: (turn(*given), print('turn', flush=True))\n"
+    told = ("turn = rounds.take_turn\nrounds.take_turn = lambda *given: (turn(*given), print('turn', flush=True))\n"
+            "rounds.CONTESTANTS[:] = [one for one in rounds.CONTESTANTS if one.name in ('textgen eager', 'textgen int8')]\n")
     code = PROGRAM[2].replace("import sys; ", f"import sys, textgen.rounds as rounds\n{told}")
     words = "benchmark generate --models tiny --batch 1 --rounds 100000 --only figures".split()
     process = subprocess.Popen([sys.executable, "-c", code, *words], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE,
