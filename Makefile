@@ -56,11 +56,12 @@ clean:  ## remove what was built; .venv, runs/ and data/ stay
 	@rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis nbs/nbdev.yml
 	@find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +
 
-# OMP_NUM_THREADS=1: two notebooks at a time, one thread each, is faster than both fighting over every core.
+# Two notebooks at a time, then two tests, one thread each: that is faster than both fighting over every core (OMP_NUM_THREADS).
+# worksteal: each process begins with half of the tests, in their order, so that what a file of them shares is mostly made once.
 define run-tests
 status=0; \
 echo "Notebooks:"; OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --do_print $(1) || status=1; \
-echo "Tests:"; $(BIN)/python -m pytest $(2) tests || status=1; \
+echo "Tests:"; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(2) tests || status=1; \
 exit $$status
 endef
 
