@@ -1,11 +1,15 @@
-"""The data commands as a user meets them: processes of their own, typed lines, exit codes, one line for every mistake, damaged files.
+"""The data commands as a user meets them: typed lines, exit codes, one line for every mistake, damaged files.
 
+What is prepared first, and what looks at signals, pipes, rights or the terminal, runs in processes of its own; the other lines in this one.
 All share one data folder (`work/data`), with the stories and a fable prepared in it; what damages anything works on a copy.
 """
-import os, re, shlex, shutil, signal, subprocess, sys, time
+import contextlib, io, os, re, shlex, shutil, signal, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from textgen.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, "-c", "import sys; from textgen.cli import main; sys.exit(main())"]  # what the script `textgen` does
@@ -16,14 +20,25 @@ COMMANDS = ["list", "prepare", "info", "sample", "verify", "repair"]
 def environment(): return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "", "TEXTGEN_DATA": ""}
 
 
-def textgen(line, cwd):
+def process(line, cwd):
     "Type a line; the finished process."
     return subprocess.run([*PROGRAM, "data", *shlex.split(line)], cwd=cwd, env=environment(), capture_output=True, text=True)
 
 
-def said(line, cwd, code=0):
+def textgen(line, cwd):
+    "The same in this process."
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["-c"])
+        patch.setenv("TEXTGEN_DATA", "")
+        code = main(["data", *shlex.split(line)])
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def said(line, cwd, code=0, typed=textgen):
     "What a line writes, if it ends with this code and no error."
-    done = textgen(line, cwd)
+    done = typed(line, cwd)
     assert done.returncode == code and done.stderr == "", done.stderr
     return done.stdout
 
@@ -38,8 +53,8 @@ def refused(done, *parts, code=2):
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
     (folder/"fable.txt").write_text(FABLE, encoding="utf-8")
-    said("prepare fable.txt", folder)
-    said("prepare stories --tokenizer bpe:400 --set train=300 --set validation=30", folder)
+    said("prepare fable.txt", folder, typed=process)
+    said("prepare stories --tokenizer bpe:400 --set train=300 --set validation=30", folder, typed=process)
     return folder
 
 
