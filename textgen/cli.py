@@ -413,7 +413,7 @@ def seeds(settings: dict) -> str:
 @app.command()
 @with_settings
 def generate(
-    model: Annotated[str, Option(metavar="RUN", help="A run; gpt, lstm: the newest one; a folder, a .gguf, a hub name.")],
+    model: Annotated[str, Option(metavar="RUN", help="A run; gpt, lstm: the newest; a folder, .gguf, hub name.")],
     prompt: Annotated[str | None, Option(metavar="TEXT", help="What to continue; - reads standard input.")] = None,
     output: Annotated[Path | None, Option(metavar="FILE", help="Save the text there instead of showing it.")] = None,
     device: Annotated[str | None, Option(help="cpu, cuda, cuda:1, mps or auto.")] = None,
