@@ -1,6 +1,6 @@
 """Train the LSTM and the decoder of Tiny Shakespeare for several lengths of time, and write nbs/results/standing.json (chapter 10d draws it).
 
-    python .ci/standing.py [STEPS-OF-THE-LSTM ...]        100, 250, 500 and 1000 unless said otherwise; half an hour of one core
+    python .ci/standing.py [STEPS-OF-THE-LSTM ...]        100, 400 and 1000 unless said otherwise; half an hour of one core
 
 Each point is a whole run of its recipe, whose rate falls to its end with its last step; the decoder gets about as long as the
 LSTM before it. Time is that of one core, spent in steps. Both are judged on the whole held-out part, in windows of as many tokens
@@ -74,4 +74,4 @@ def main(lengths):
     RESULTS.write_text(json.dumps({"machine": machine, "points": found}, indent=2) + "\n", encoding="utf-8")
 
 
-if __name__ == "__main__": main([int(word) for word in sys.argv[1:]] or [100, 250, 500, 1000])
+if __name__ == "__main__": main([int(word) for word in sys.argv[1:]] or [100, 400, 1000])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .core import UsageError, derive_seed
+from .core import UsageError, derive_seed, uniforms
 from .corpus import compare
 from .data import Chunks, Prepared, Split
 
@@ -50,8 +50,9 @@ class Streams:
         length: int,  # L, tokens of a stream in a step
         batch_size: int,  # B, streams
         seed: int = 0,  # of the run
+        forget: float = 0.1,  # the share of streams that go on from an empty state
     ):
-        self.tokens, self.length, self.seed = tokens, length, seed
+        self.tokens, self.length, self.seed, self.forget = tokens, length, seed, forget
         self.apart = (len(tokens) - 1) // batch_size  # tokens of a stream
         self.steps = self.apart // length  # of an epoch
         if self.steps < 1:
@@ -59,11 +60,12 @@ class Streams:
                              "or a smaller length or batch_size")
         self.starts = np.arange(batch_size)[:, None] * self.apart
 
-    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray, bool]:  # x, y, (B, L) int32; whether all begin
+    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # x, y (B, L); which begin (B,)
         epoch, turn = divmod(step, self.steps)
         later = derive_seed(self.seed, epoch) % (self.apart - self.steps * self.length + 1)
         rows = self.tokens[self.starts + later + turn * self.length + np.arange(self.length + 1)].astype(np.int32)
-        return rows[:, :-1], rows[:, 1:], turn == 0
+        forgets = uniforms(derive_seed(self.seed, 2**32 + step), len(rows)) < (self.forget if turn else 1)
+        return rows[:, :-1], rows[:, 1:], forgets
 
 # %% ../nbs/03a_rows.ipynb #afafe1d9
 @dataclass(frozen=True)
