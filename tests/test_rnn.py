@@ -85,7 +85,7 @@ def test_one_graph_for_all_lengths_temperatures_and_seeds(compile):
     model.compile, graph = compile, writer("lstm", compile)
     model.generate("ab", max_new_tokens=9, temperature=0.7, seed=0)
     before = graph.experimental_get_tracing_count()
-    for count, temperature, seed in ((1, 0.5, 1), (FIRST + 1, 1.3, 2), (TURNS * 2 + 3, 0.9, 3)):
+    for count, temperature, seed in ((1, 0.5, 1), (FIRST + 1, 1.3, 2), (TURNS * 2 + 3, 0.9, 3), (4, 1.0, 4)):
         model.generate("abc", max_new_tokens=count, temperature=temperature, seed=seed)
     assert graph.experimental_get_tracing_count() == before
     model.generate(["ab"] * 3, max_new_tokens=2, temperature=0.5)   # three rows are four

@@ -156,7 +156,7 @@ def settings_of(
     each = lambda name, off, kind="float32": some([getattr(config, name) for config in configs], off, kind)
     repetition, least = each("repetition_penalty", 1.0), each("min_new_tokens", 0, "int32")
     return {
-        "temperature": some([config.temperature or 1 for config in configs], 1, "float32"),
+        "temperature": None if all(greedy) else np.array([config.temperature or 1 for config in configs], "float32"),
         "top_k": some([min(config.top_k or V, V) for config in configs], V, "int32"),
         "top_p": each("top_p", 1.0, "float64"), "min_p": each("min_p", 0.0, "float64"),
         "greedy": some(greedy, False, bool), "all_greedy": all(greedy) or None,
