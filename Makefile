@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 PACKAGE := settings.ini setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lab docs figures swaps standing benchmark training hooks clean
+.PHONY: help demo test test-all lab docs figures swaps standing benchmark training lstm hooks clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ benchmark: .venv/made-dev  ## measure the data pipeline beside datasets, tiktoke
 
 training: .venv/made-dev  ## measure training beside nanoGPT's settings (half an hour on one quiet core; needs TEXTGEN_DATA)
 	@$(BIN)/textgen benchmark train --output nbs/results && rm nbs/results/train.png
+
+lstm: .venv/made-dev  ## measure recurrent models beside the ways that tutorials teach (some minutes on one quiet core)
+	@$(BIN)/textgen benchmark lstm --output nbs/results && rm nbs/results/lstm.png
 
 hooks: .venv/made-dev  ## let git merge notebooks cell by cell in this clone (nbdev's merge driver)
 	@git config merge.nbdev-merge.name "merge notebooks cell by cell"

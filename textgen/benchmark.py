@@ -106,6 +106,7 @@ def remarks(entry: dict) -> Iterator[str]:
         yield (words + more).format(**entry["differs"])
     if entry.get("step") == "eager" and entry["rounds"]:
         yield "with PyTorch's step, as there is no compiled one"
+    yield from entry.get("remarks", [])
 
 # %% ../nbs/14f_benchmark.ipynb #7a20a8d0
 def all_remarks(entries: dict[str, dict]) -> list[str]:
@@ -242,7 +243,7 @@ def machine(threads: int) -> dict:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     found["versions"] = {}
-    for package in ("textgen", "torch", "transformers", "ctranslate2", "llama-cpp-python"):
+    for package in ("textgen", "torch", "transformers", "ctranslate2", "llama-cpp-python", "tensorflow", "keras"):
         with contextlib.suppress(PackageNotFoundError):
             found["versions"][package] = version(package)
     return found

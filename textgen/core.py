@@ -183,7 +183,7 @@ REGISTRY = {
     "tokenizers": {},
     "metrics": {},
     "commands": {"data": "textgen.data_commands:app", "export": "textgen.export:app",
-                 "benchmark": "textgen.training:app", "batch": "textgen.batch:app"},
+                 "benchmark": "textgen.lstm_benchmark:app", "batch": "textgen.batch:app"},
     "recipes": {"gpt": "textgen.recipe:TrainConfig", "rnn": "textgen.rnn_trainer:RNNConfig"},  # by generator
     "trainers": {"gpt": "textgen.processes:started", "rnn": "textgen.rnn_trainer:started"},
 }

@@ -189,12 +189,13 @@ def open_all(
     plan: Plan,
     folder,  # of the model
     stack: contextlib.ExitStack,  # closes them
+    make: Callable = Runner,  # what opens one
 ) -> tuple[dict[str, Runner], dict[str, dict]]:
     "A runner for each that can be opened, and an entry for each: empty, or why it can't be."
     runners, entries = {}, {one.name: {} for one in plan.contestants}
     for one in plan.contestants:
         try:
-            runners[one.name] = Runner(one, folder, plan.threads, plan.limit)
+            runners[one.name] = make(one, folder, plan.threads, plan.limit)
             stack.push(lambda error, *_, runner=runners[one.name]: runner.close(patience=0 if error else 10))
         except Lost as error:
             entries[one.name]["lost"] = str(error)
