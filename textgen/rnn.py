@@ -138,7 +138,7 @@ class Company:
         long = self.jit and max(map(len, prompts)) > 1000
         states = read_prompts(model.shape, model.tensors, all_prompts, long)
         self.now = [np.array([ids[-1] for ids in all_prompts], "int32"), states, np.zeros((B, V), "int32")]
-        self.written = 0
+        self.written, self.graph = 0, None
 
 # %% ../nbs/10b_rnn.ipynb #7ff679b8
 def advance(company: Company, turns: int) -> list[np.ndarray]:  # (turns, B) ids, and what is asked of likelihoods
@@ -149,9 +149,11 @@ def advance(company: Company, turns: int) -> list[np.ndarray]:  # (turns, B) ids
     if company.guided:
         rows = allowed(company.texts, company.constraints, config.no_repeat_ngram_size, model.vocab_size)
         company.settings["allowed"] = np.stack(filled_up([*rows]))
-    write, written = writer(model.shape.cell, company.jit), np.int32(company.written)
-    asked = (u, np.int32(turns), company.settings, config.logprobs)
-    *company.now, news = write(model.tensors, *company.now, written, *asked)
+    asked = (np.int32(company.written), u, np.int32(turns), company.settings, config.logprobs)
+    given = (model.tensors, *company.now, *asked)
+    if company.graph is None:  # to find the one that fits takes as long as ten tokens, so that is done once
+        company.graph = writer(model.shape.cell, company.jit).get_concrete_function(*given)
+    *company.now, news = company.graph(*given)
     company.written += turns
     return [part.numpy()[:turns] for part in news]
 
