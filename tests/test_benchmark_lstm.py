@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+pytest.importorskip("tensorflow", reason="needs the extra lstm")
 from textgen import lstm_benchmark, ways
 from textgen.benchmark import check_same, draw_table, targets
 from textgen.cli import main

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("tensorflow", reason="needs the extra lstm")
 import textgen
+from textgen import rnn
 from textgen.core import TextgenError, UsageError
 from textgen.loop import TURNS, layers_of, writer
 from textgen.lstm import RNNShape, build_network, load_tensorflow
@@ -92,6 +93,15 @@ def test_one_graph_for_all_lengths_temperatures_and_seeds(compile):
     assert graph.experimental_get_tracing_count() == before + 1
     model.generate(["ab"] * 4, max_new_tokens=2, temperature=0.5)
     assert graph.experimental_get_tracing_count() == before + 1
+
+
+def test_the_graph_is_looked_for_once_a_text(monkeypatch):
+    model, looked = made(RNNShape(units=8, n_embd=4)), []
+    model.compile, find = False, writer("lstm", False).get_concrete_function
+    found = type("Found", (), {"get_concrete_function": lambda self, *given: looked.append(given) or find(*given)})
+    expected = model.generate("ab", max_new_tokens=2 * TURNS, seed=1)[0].text
+    monkeypatch.setattr(rnn, "writer", lambda *_: found())
+    assert model.generate("ab", max_new_tokens=2 * TURNS, seed=1)[0].text == expected and len(looked) == 1
 
 
 def test_a_network_of_given_weights_sees_no_constants():
