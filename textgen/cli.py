@@ -206,7 +206,7 @@ def begin(recipe: str | None, out: Path | None, data: str | None, pairs: list[st
 # %% ../nbs/14_cli.ipynb #8b47a3e7
 @app.command()
 def train(
-    recipe: Annotated[str | None, Argument(metavar="RECIPE", help="demo, lstm-demo, shakespeare, ..., a YAML file")] = None,
+    recipe: Annotated[str | None, Argument(metavar="RECIPE", help="demo, lstm-demo, ..., a YAML file")] = None,
     data: Annotated[str | None, Option(metavar="PATH|NAME", help="Train on a file, folder or named dataset.")] = None,
     out: Annotated[Path | None, Option(metavar="DIR", help="Where the run goes; else to runs/RECIPE.")] = None,
     changes: Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Change the recipe. Repeatable.")] = [],

@@ -238,7 +238,7 @@ def newest_run(
 
 # %% ../nbs/00_core.ipynb #710a7acf
 def model_path(
-    path,  # of a directory or a .gguf file; or a string that names a model on the hub: "org/name", "gpt2"; or a kind of run
+    path,  # a directory, a .gguf file; or as a string a model on the hub, "org/name", "gpt2"; or a kind of run, "lstm"
 ) -> Path:  # the directory or file
     "Where a model is; raises UsageError, or TextgenError where the hub is needed and out of reach."
     if path in KINDS and not Path(path).exists():
