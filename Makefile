@@ -31,7 +31,7 @@ docs: .venv/made-dev  ## build the site into _docs: with Quarto where it is inst
 	@if command -v quarto >/dev/null; \
 	then $(BIN)/nbdev_docs && $(BIN)/python .ci/readme.py; else $(BIN)/python .ci/docs.py; fi
 
-RECIPES ?= demo shakespeare shakespeare-fast shakespeare-llama wikitext2
+RECIPES ?= demo shakespeare shakespeare-fast shakespeare-llama wikitext2 lstm-shakespeare
 figures: .venv/made-dev  ## measure anew what README quotes (some minutes; Tiny Shakespeare and WikiText-2 need TEXTGEN_DATA)
 	@for recipe in $(RECIPES); do rm -rf runs/figures-$$recipe && \
 	  $(BIN)/textgen train $$recipe --out runs/figures-$$recipe && $(BIN)/python .ci/figures.py runs/figures-$$recipe || exit 1; done

@@ -47,12 +47,18 @@ def alone(code, *arguments):
 
 
 def test_no_torch_and_no_noise(saved, model, tmp_path):
-    "Load, write with and without XLA, score, save: without PyTorch, and without a word on standard error."
+    "Load, write with and without XLA, score, save, generate and batch at the command line: without PyTorch, and without a word."
     code = ("import sys, textgen\nmodel = textgen.load(sys.argv[1])\n"
             "for model.compile in (False, True): print(model.generate('ab', seed=1, max_new_tokens=20, top_p=0.9)[0].text)\n"
             "model.nll('abc'); model.save(sys.argv[2])\n"
+            "import contextlib, io, os\nfrom textgen.cli import main\nos.chdir(sys.argv[3])\n"
+            "with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:\n"
+            "    codes = [main(['generate', '--model', sys.argv[1], '--prompt', 'ab', '--max-new-tokens', '3']),\n"
+            "             main(['batch', '--model', sys.argv[1], '--prompts', 'prompts.txt', '--output', 'texts.jsonl'])]\n"
+            "assert codes == [0, 0], said.getvalue()\n"
             "print(*[name for name in ('torch', 'jax') if name in sys.modules])")
-    done = alone(code, saved, tmp_path/"again")
+    (tmp_path/"prompts.txt").write_text("ab\nba\n")
+    done = alone(code, saved, tmp_path/"again", tmp_path)
     text = model.generate("ab", seed=1, max_new_tokens=20, top_p=0.9)[0].text
     assert (done.returncode, done.stderr) == (0, "") and done.stdout == f"{text}\n{text}\n\n"
 

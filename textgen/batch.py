@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['READ', 'EVERY', 'app', 'open_part', 'places', 'join', 'again', 'digest', 'differences', 'find_prompts', 'record_of',
-           'begin', 'begin_anew', 'claimed', 'find_place', 'meet', 'together', 'share', 'told', 'stoppable',
+           'begin', 'begin_anew', 'claimed', 'Single', 'find_place', 'meet', 'together', 'share', 'told', 'stoppable',
            'write_batch', 'device_of', 'write_all', 'batch']
 
 # %% ../nbs/14h_batch.ipynb #c764b794
@@ -191,33 +191,40 @@ def claimed(output: Path, resume: bool, force: bool) -> Iterator[Path]:  # the f
             shutil.rmtree(folder)  # nothing was begun
 
 # %% ../nbs/14h_batch.ipynb #21ec93e8
-def find_place(device: str | None):  # an Alone
-    "The surroundings that this process was started in: alone, or as one of several; raises UsageError, TextgenError."
-    from textgen.gpt import find_device
-    from textgen.processes import Joined
-    from textgen.train import Alone
+class Single:
+    "One process, which has nobody to ask, and needs no PyTorch for it."
+    num_processes, process_index, is_main_process = 1, 0, True
+    agree = lambda self, decide: decide()
+    __enter__, __exit__ = lambda self: self, lambda self, *error: None
 
+
+def find_place(device: str | None):  # a Single, or processes that have joined
+    "The surroundings that this process was started in: alone, or as one of several; raises UsageError, TextgenError."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return Alone(find_device(device or "auto"), "fp32")
+        return Single()
+    from textgen.processes import Joined
+
     return Joined(device or "auto", "fp32")
 
 # %% ../nbs/14h_batch.ipynb #c7311ae2
-def meet(place, facts, error: BaseException | None) -> list[int]:
+def meet(place, facts: list[int], error: BaseException | None) -> list[int]:
     "The sum of what all have to say; raises TextgenError, or this one's own error, where another has gone."
+    if place.num_processes == 1:
+        return facts
+    import torch
+
     try:
-        return place.reduce(facts).tolist()
+        return place.reduce(torch.tensor(facts, device=place.device)).tolist()
     except RuntimeError as lost:
         raise error or TextgenError(f"another process has ended ({str(lost).splitlines()[0][:80]})") from None
 
 # %% ../nbs/14h_batch.ipynb #d1d6dc56
 def together(
-    place,  # an Alone
+    place,  # from find_place
     work: Iterator[int],  # does a bit, and says how many prompts that completed
     every: float,  # seconds between meetings
 ) -> Iterator[int]:  # how many were completed since the last one, by all
     "Work until all are done; what one of the processes raises ends them all."
-    import torch
-
     error, mine, others = None, True, True
     while others:
         count, end = 0, time.monotonic() + every
@@ -229,7 +236,7 @@ def together(
                     break
         except (Exception, KeyboardInterrupt) as met:
             error = met
-        count, others, failed = meet(place, torch.tensor([count, mine, bool(error)], device=place.device), error)
+        count, others, failed = meet(place, [count, int(mine), int(bool(error))], error)
         if error or failed:
             raise error or TextgenError("another process has failed, and says why")
         yield count
