@@ -64,7 +64,7 @@ def point(recipe, steps):
 def main(lengths):
     import torch
     torch.set_num_threads(1)
-    found, decoder_step = {"lstm-shakespeare": [], "shakespeare": []}, 0.035  # seconds, at first a guess
+    found, decoder_step = {"lstm-shakespeare": [], "shakespeare": []}, trained("shakespeare", 50)[1] / 50  # seconds
     for steps in lengths:
         found["lstm-shakespeare"].append(point("lstm-shakespeare", steps))
         other = point("shakespeare", round(found["lstm-shakespeare"][-1]["core time s"] / decoder_step))
