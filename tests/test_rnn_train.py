@@ -200,6 +200,17 @@ def test_training_one_kind_loads_no_framework_of_the_other_and_ctrl_c_saves(home
     assert go("run", resume=True, force=True, steps=step + 3, checkpoint_every=100000)["steps"] == step + 3
 
 
+@pytest.mark.gpu
+def test_on_a_gpu(home):
+    "Keras's layers, which cuDNN computes, in mixed precision; the model is as good on the processor."
+    from textgen.lstm import load_tensorflow
+    if not load_tensorflow().config.list_physical_devices("GPU"): pytest.skip("TensorFlow sees no GPU")
+    result = go("run", device="cuda", precision="auto", model__dropout=0.1)
+    assert result["machine"]["device"] == "cuda" and result["peak_memory_bytes"] > 0
+    run = start(recipe(model__dropout=0.1), "again", "data")
+    assert run.score(load("run", device="cpu")).nats_per_token == pytest.approx(result["nats_per_token"], rel=0.02)
+
+
 @pytest.mark.slow
 def test_the_shipped_recipe_reaches_its_target(home):
     "Tiny Shakespeare within 1.88 nats per character; ten minutes of two cores."
