@@ -105,7 +105,7 @@ def test_the_layers_of_keras_go_on_as_well(home):
 def test_a_kind_means_its_newest_run(home, capsys):
     "`--model lstm`, `--model gpt`: which run was taken is said; without one, how to make it."
     assert main(["generate", "--model", "lstm", "--prompt", "Ann"]) == 2
-    assert capsys.readouterr().err == "error: no run of a lstm model in runs; make one: textgen train lstm-demo\n"
+    assert capsys.readouterr().err == "error: no lstm run in runs; make one: textgen train lstm-demo\n"
     assert main(["generate", "--model", "gpt", "--prompt", "Ann"]) == 2
     assert "textgen train demo" in capsys.readouterr().err
     for number in (1, 2): go(None, steps=2, seed=number)

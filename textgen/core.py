@@ -233,7 +233,7 @@ def newest_run(
             name = str(json.loads(config.read_text(encoding="utf-8"))["model_type"])
             found += [config] if kind in (name, MODEL_TYPES.get(name)) else []
     if not found:
-        raise UsageError(f"no run of a {kind} model in {root}; make one: textgen train {KINDS[kind]}")
+        raise UsageError(f"no {kind} run in {root}; make one: textgen train {KINDS[kind]}")
     return max(found, key=lambda config: config.stat().st_mtime).parent
 
 # %% ../nbs/00_core.ipynb #710a7acf
