@@ -10,13 +10,10 @@ import json, os, platform, sys, time
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from textgen.fitting import fit
 from textgen.recipe import load_recipe
-from textgen.rows import scored
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "nbs/results/standing.json"
@@ -43,13 +40,11 @@ def trained(recipe, steps):
 
 def windows(run, length):
     "Nats per character in windows of so many tokens."
-    part = run.prepared.split("validation")
     if run.config.generator == "gpt":
         from textgen.train import evaluate
         return evaluate(run.model, run.prepared, length).nats_per_char
-    from textgen.rnn import surprises
-    rows = [part.tokens[i : i + length + 1] for i in range(0, len(part) - 1, length)]
-    return scored(run.prepared, part, np.concatenate(surprises(run.network, run.shape, rows))).nats_per_char
+    from textgen.rnn_trainer import evaluate
+    return evaluate(run.network, run.shape, run.prepared, length).nats_per_char
 
 
 def point(recipe, steps):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['READ', 'EVERY', 'app', 'open_part', 'places', 'join', 'again', 'digest', 'differences', 'find_prompts', 'record_of',
-           'begin', 'begin_anew', 'claimed', 'Single', 'find_place', 'meet', 'together', 'share', 'told', 'stoppable',
+           'begin', 'begin_anew', 'claimed', 'find_place', 'meet', 'together', 'share', 'told', 'stoppable',
            'write_batch', 'device_of', 'write_all', 'batch']
 
 # %% ../nbs/14h_batch.ipynb #c764b794
@@ -28,6 +28,7 @@ from typer import Option
 from .cli import open_model, program, typed, with_settings
 from .core import (GenerationConfig, TextgenError, UsageError, asked_generator, atomic_path, counted, model_path,
                           parse)
+from .fitting import Single
 from .jobs import by_engine, encoded, in_turn, jobs_of, read_rows, shown
 
 # %% ../nbs/14h_batch.ipynb #be1093d6
@@ -191,13 +192,6 @@ def claimed(output: Path, resume: bool, force: bool) -> Iterator[Path]:  # the f
             shutil.rmtree(folder)  # nothing was begun
 
 # %% ../nbs/14h_batch.ipynb #21ec93e8
-class Single:
-    "One process, which has nobody to ask, and needs no PyTorch for it."
-    num_processes, process_index, is_main_process = 1, 0, True
-    agree = lambda self, decide: decide()
-    __enter__, __exit__ = lambda self: self, lambda self, *error: None
-
-
 def find_place(device: str | None):  # a Single, or processes that have joined
     "The surroundings that this process was started in: alone, or as one of several; raises UsageError, TextgenError."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:

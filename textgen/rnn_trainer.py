@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AdamConfig', 'RNNConfig', 'make_optimizer', 'fast_bfloat16', 'RNNRun', 'start', 'as_model', 'policy', 'rows_of',
            'feed', 'next_step', 'evaluate', 'held_out', 'flops_per_token', 'matmul_peak', 'machine_of', 'peak_memory',
-           'training_tensors', 'put_back', 'notes', 'listening', 'started']
+           'training_tensors', 'put_back', 'listening', 'started']
 
 # %% ../nbs/10d_rnn_trainer.ipynb #c26e9797
 import contextlib
@@ -13,7 +13,6 @@ import functools
 import itertools
 import math
 import os
-import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .core import UsageError, derive_seed
 from .data import Batches, Prepared
-from .fitting import Measured, machine, process_memory, text_of
+from .fitting import Measured, enough_rows, machine, process_memory, products_a_second, text_of
 from .lstm import RNNShape, build_network, load_tensorflow, no_state, quiet
 from .recipe import RunConfig, Share
 from .recurrence import train_step
@@ -100,7 +99,6 @@ class RNNRun(Measured):
     fits = lambda self, model, config: model.shape == self.shape  # the tokenizer was compared
     broken = lambda self: not all(np.isfinite(weight).all() for weight in self.network.get_weights())
     lags = property(lambda self: "GPU" in self.device)
-    notes = lambda self: notes(self)
     parameters = lambda self, model: model.network.count_params()
     flops_per_token = property(lambda self: flops_per_token(self.network, self.shape))
     matmul_peak = lambda self: matmul_peak(self.device, self.dtype)
@@ -156,9 +154,7 @@ def rows_of(config: RNNConfig, prepared: Prepared):  # (step) -> x and y (B, L) 
     if c.rows == "streams":
         return Streams(tokens, c.length, c.batch_size, c.seed).__getitem__
     chunks, apart = training_rows(prepared, c.length, c.rows)
-    if (have := max(1, len(chunks) // apart)) < c.batch_size:
-        raise UsageError(f"recipe {c.recipe}: batch_size {c.batch_size} is more than the number of rows to learn from, "
-                         f"{have}; set batch_size to at most {have}, or give more text")
+    enough_rows(c, chunks, apart)
     batches = Batches(chunks, c.batch_size, c.seed, apart=apart)
     return lambda step: (*(ids.astype(np.int32) for ids in batches[step]), np.ones(c.batch_size, bool))
 
@@ -225,16 +221,10 @@ def matmul_peak(
     seconds: float = 0.2,  # to measure for
 ) -> float:  # operations a second
     "How fast a device multiplies large matrices."
-    tf, fastest, end = load_tensorflow(), math.inf, time.perf_counter() + seconds
+    tf = load_tensorflow()
     with tf.device(device), quiet():
         a = tf.ones((size, size), dtype)
-        while time.perf_counter() < end or fastest is math.inf:
-            began = time.perf_counter()
-            for _ in range(4):
-                b = a @ a
-            float(b[0, 0])  # waits for the device
-            fastest = min(fastest, (time.perf_counter() - began) / 4)
-    return 2 * size**3 / fastest
+        return products_a_second(lambda: float([a @ a for _ in range(4)][-1][0, 0]), size, seconds)  # waits for it
 
 # %% ../nbs/10d_rnn_trainer.ipynb #19461425
 def machine_of(device: str, dtype: str) -> dict:
@@ -266,14 +256,6 @@ def put_back(run: RNNRun, model: RNN, tensors: dict):
     kept = sum(name.startswith("state.") for name in tensors)
     run.states = [tensors[f"state.{i}"] for i in range(kept)] or None
     run.feeds = None  # its batches belong to other steps
-
-# %% ../nbs/10d_rnn_trainer.ipynb #3d1e94fb
-def notes(run: RNNRun) -> Iterator[str]:  # a line for each
-    "What a recipe will not learn from its data."
-    c, sizes = run.config, np.diff(run.prepared.split("train").documents)
-    cut = np.mean(sizes > c.length)
-    if c.rows == "documents" and run.prepared.eos_id is not None and cut > 0.01:
-        yield f"{cut:.0%} of the documents are longer than length {c.length}, and their ends are never trained"
 
 # %% ../nbs/10d_rnn_trainer.ipynb #171ce214
 def listening(run: RNNRun, callbacks: list):  # a function for `fit` to call

@@ -190,7 +190,7 @@ def storyteller(run):  # a function for `fit` to call
         if run.config.sample.every is None or run.step % run.config.sample.every:
             return
         model = run.writer()  # every process gives its part
-        if run.is_main_process:
+        if run.place.is_main_process:
             text = model.generate(prompt, seed=run.config.seed, overflow="slide")[0].text
             with open(run.folder / "samples.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": run.step, "prompt": prompt, "text": text}) + "\n")
@@ -295,7 +295,7 @@ def finish(run, peak: float | None = None) -> dict:  # what is in result.json
     "Save the model, draw the curve, let it write, and sum up."
     best = run.folder / "best"
     model = run.opened(best) if run.config.keep_best and best.is_dir() else run.writer()
-    if not run.is_main_process:
+    if not run.place.is_main_process:
         return {}
     score = final_score(run, model)
     percent = 100 * run.flops_per_token * speed(run) / peak if peak else None
@@ -323,7 +323,7 @@ def train(
     choose = lambda: folder_to_resume(config, out, force) if resume else new_folder(config.recipe, out)
     started = resolve("trainers", config.generator)
     with started(config, choose, root, progress) as run, contextlib.ExitStack() as stack:
-        if main := run.is_main_process:
+        if main := run.place.is_main_process:
             stack.enter_context(claimed(run.folder))
         begin(run, resume, progress)
         peak = run.matmul_peak()
@@ -337,10 +337,10 @@ def begin(run, resume: bool, progress: bool):
     "Put a run where it is to go on, and write down its recipe."
     if resume:
         restore(run)
-        if run.step != (first := run.agree(lambda: run.step)):
+        if run.step != (first := run.place.agree(lambda: run.step)):
             raise TextgenError(f"this process would go on from step {run.step} of {run.folder}, and the first one from "
                                f"{first}; let all of them see the same folder")
-    if run.is_main_process:
+    if run.place.is_main_process:
         rewind(run.folder, run.step) if resume else new_folder(run.config.recipe, run.folder)  # not taken meanwhile
         write_config(run.config, run.folder)
         for note in run.notes() if progress else ():

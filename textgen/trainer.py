@@ -12,9 +12,7 @@ __all__ = ['Run', 'base_of', 'find_shape', 'keep_ends', 'check', 'notes', 'keep_
 import contextlib
 import ctypes
 import functools
-import math
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +24,7 @@ from .checkpoint import blank, hf_config, read_checkpoint, read_config
 from .core import UsageError, derive_seed, model_path, seed_everything
 from .data import Batches, Chunks, Prepared
 from .decoder import Decoder, DecoderConfig
-from .fitting import Measured, machine, process_memory, text_of
+from .fitting import Measured, cut_documents, enough_rows, machine, process_memory, products_a_second, text_of
 from .gpt import GPT, find_device
 from .lora import add_lora, merge_lora
 from .model_files import read_generation_config
@@ -45,15 +43,12 @@ class Run(Measured):
     apart: int  # rows from one that is taken to the next
     place: Alone
     average: dict = field(default_factory=dict)  # of the weights, by name; empty where the recipe asks for none
-    learn = lambda self: next_step(self, dealt(self))
+    batches = functools.cached_property(lambda self: dealt(self))
+    learn = lambda self: next_step(self, self.batches)
     score = lambda self, model=None: held_out(self, model)
     writer = lambda self: GPT(usable(self), self.prepared.tokenizer, self.config.sample.settings)
     lags = property(lambda self: self.place.device.type != "cpu")
     notes = lambda self: notes(self)
-    is_main_process = property(lambda self: self.place.is_main_process)
-    any = lambda self, flag: self.place.any(flag)
-    agree = lambda self, decide: self.place.agree(decide)
-    wait_for_everyone = lambda self: self.place.wait_for_everyone()
     flops_per_token = property(lambda self: flops_per_token(self.model.config, self.config.length))
     tensors = lambda self: training_tensors(self)
     opened = lambda self, path: read_written(self, path)
@@ -116,10 +111,7 @@ def check(
     if c.length > shape.n_positions:
         raise UsageError(f"{where}: length {c.length} is more than the model's n_positions {shape.n_positions}; "
                          f"set length to at most {shape.n_positions}")
-    rows, apart = training_rows(prepared, c.length, c.rows)
-    if (have := max(1, len(rows) // apart)) < c.batch_size:
-        raise UsageError(f"{where}: batch_size {c.batch_size} is more than the number of rows to learn from, {have}; "
-                         f"set batch_size to at most {have}, or give more text")
+    enough_rows(c, *training_rows(prepared, c.length, c.rows))
     if c.batch_size % (cut := c.accumulate * processes):
         raise UsageError(f"{where}: batch_size {c.batch_size} cannot be cut into {c.accumulate} equal parts on each of "
                          f"{processes} processes; set it to a multiple of {cut}, or accumulate to another number")
@@ -130,10 +122,7 @@ def notes(run: Run) -> Iterator[str]:  # a line for each
     c, positions = run.config, run.model.config.n_positions
     if c.length < positions and c.init_from is None:
         yield f"length {c.length} is less than n_positions {positions}: places behind {c.length} tokens are not trained"
-    sizes = np.diff(run.prepared.split("train").documents)
-    cut = np.mean(sizes > c.length)
-    if c.rows == "documents" and run.prepared.eos_id is not None and cut > 0.01:
-        yield f"{cut:.0%} of the documents are longer than length {c.length}, and their ends are never trained"
+    yield from cut_documents(run)
 
 # %% ../nbs/08e_trainer.ipynb #196e3ddd
 @functools.cache
@@ -328,17 +317,15 @@ def matmul_peak(
     seconds: float = 0.2,  # to measure for
 ) -> float:  # operations a second
     "How fast this machine multiplies large matrices, in the numbers that training multiplies in."
-    kind = place.dtype or torch.float32
-    a = torch.ones(size, size, device=place.device, dtype=kind)
-    fastest, end = math.inf, time.perf_counter() + seconds
-    wait = torch.cuda.synchronize if place.device.type == "cuda" else lambda: None
-    while time.perf_counter() < end or fastest is math.inf:
-        began = time.perf_counter()
+    a = torch.ones(size, size, device=place.device, dtype=place.dtype or torch.float32)
+
+    def multiply():
         for _ in range(4):
             a @ a
-        wait()
-        fastest = min(fastest, (time.perf_counter() - began) / 4)
-    return 2 * size**3 / fastest
+        if place.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return products_a_second(multiply, size, seconds)
 
 # %% ../nbs/08e_trainer.ipynb #73727058
 def machine_of(place: Alone) -> dict:
