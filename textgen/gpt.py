@@ -25,7 +25,7 @@ from .int8 import Int8Matrix, compiled_multiply, in_int8
 from .kernels import library_path
 from .model_files import generation_config, new_files, read_generation_config
 from .native import PARTS, NativeSlots, Packed
-from .scoring import document_nll
+from .scoring import document_nll, surprises
 from .slots import Slots, lay_out
 from .tokenizer import Tokenizer
 from .weights import find_dtype
@@ -107,8 +107,7 @@ def slots_for(
 class GPT(TextGenerator):
     "A decoder and its tokenizer, ready to write."
     honours = frozenset(GenerationConfig.model_fields)
-    compile: bool | str = "auto"  # the compiled step: "auto" where it pays, or True, or False
-    weights = "float32"  # what they are kept as, in the compiled step too: "float32", "bfloat16" or "int8"
+    compile, weights = "auto", "float32"  # as in load_model; weights are of that kind in the compiled step, too
     packed = drafts = None  # the weights, packed; what guesses several tokens at once, from chapter 7a
 
     def __init__(
@@ -118,18 +117,19 @@ class GPT(TextGenerator):
     ):
         own, self.vocab_size = decoder.config.eos_token_id, decoder.config.vocab_size
         if tokenizer.vocab_size > self.vocab_size:
-            raise UsageError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model only {self.vocab_size}; "
-                             "use the tokenizer that the model was trained with")
+            sizes = f"the tokenizer has {tokenizer.vocab_size} tokens and the model only {self.vocab_size}"
+            raise UsageError(f"{sizes}; use the tokenizer that the model was trained with")
         self.decoder, self.tokenizer, self.defaults = decoder, tokenizer, defaults or GenerationConfig()
         self.context_length, self.eos_id = decoder.config.n_positions, tokenizer.eos_id if own is None else own
 
     tokens = lambda self, prompts, seeds, config, closed: write(self, prompts, seeds, config, closed)
     save = lambda self, path: save_model(self, path)
     slots = lambda self, rows, length, tokens: slots_for(self, rows, length, tokens)
+    surprises = lambda self, rows: surprises(self.decoder, rows)
 
     def nll(self, texts):
-        texts, before = [texts] if isinstance(texts, str) else texts, (self.tokenizer.prefix or (self.eos_id,))[-1]
-        return document_nll(self.decoder, self.tokenizer.encode_batch(texts), before).tolist()
+        rows = self.tokenizer.encode_batch([texts] if isinstance(texts, str) else texts)
+        return document_nll(self.decoder, rows, self.start_id).tolist()
 
     @classmethod
     def load(cls, path, device="auto", dtype="float32", compile="auto") -> "GPT":

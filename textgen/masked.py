@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['frame', 'find_mask', 'unwritable', 'schedule_of', 'least_certain', 'Draft', 'begin', 'read', 'history_of', 'fill',
-           'Masked', 'position_offset', 'lay_out', 'look', 'rewrite', 'written', 'pseudo_nll', 'load_masked']
+           'Masked', 'position_offset', 'lay_out', 'look', 'rewrite', 'written', 'pseudo_nll', 'no_surprises',
+           'load_masked']
 
 # %% ../nbs/11a_masked.ipynb #56607294
 from dataclasses import dataclass, field
@@ -173,8 +174,8 @@ class Masked(TextGenerator):
     def tokens(self, prompts, seeds, config, closed=frozenset()):
         return written(self, [lay_out(self, *row, config) for row in zip(prompts, seeds)], config, closed)
 
-    def nll(self, texts):
-        return pseudo_nll(self, [texts] if isinstance(texts, str) else texts)
+    nll = lambda self, texts: pseudo_nll(self, [texts] if isinstance(texts, str) else texts)
+    surprises = lambda self, rows: no_surprises()
 
     @classmethod
     def load(cls, path, device="auto", dtype="float32", compile="auto", rounds=10) -> "Masked":
@@ -261,6 +262,12 @@ def pseudo_nll(
         for row, (number, place, id) in zip(logits, targets[start : start + model.BATCH]):
             nats[number] -= row[place].float().log_softmax(-1)[id].item()
     return nats
+
+
+def no_surprises():
+    "Raise UsageError: there is nothing to return."
+    raise UsageError("a masked model sees both sides of a token, so it gives no likelihood of one token after those "
+                     "before it; what it has is a pseudo-likelihood: its nll, or the protocol 'pseudo'")
 
 # %% ../nbs/11a_masked.ipynb #e6ea1037
 def load_masked(

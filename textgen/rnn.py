@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'FIRST', 'PIECE', 'WEIGHTS', 'RNN', 'companies', 'filled_up', 'read_prompts', 'repeating', 'allowed',
-           'worth_compiling', 'Company', 'advance', 'hear', 'write_company', 'write', 'surprises', 'scorer', 'rnn_nll',
-           'save_rnn', 'tensorflow_device', 'load_rnn', 'read_weights']
+           'worth_compiling', 'Company', 'advance', 'hear', 'write_company', 'write', 'surprises', 'scorer',
+           'rnn_surprises', 'rnn_nll', 'save_rnn', 'tensorflow_device', 'load_rnn', 'read_weights']
 
 # %% ../nbs/10b_rnn.ipynb #8ea313d3
 import functools
@@ -49,6 +49,7 @@ class RNN(TextGenerator):
     tensors = functools.cached_property(lambda self: tensors(layers_of(self.network, self.shape)))
     tokens = lambda self, prompts, seeds, config, closed: write(self, prompts, seeds, config, closed)
     save = lambda self, path: save_rnn(self, path)
+    surprises = lambda self, rows: rnn_surprises(self, rows)
     nll = lambda self, texts: rnn_nll(self, texts)
 
     @classmethod
@@ -265,13 +266,17 @@ def scorer(network):  # a compiled function, for batches of any size
     return tf.function(score, input_signature=[ids, ids, *[state] * (len(network.inputs) - 1)], autograph=False)
 
 # %% ../nbs/10b_rnn.ipynb #2de6b03a
+def rnn_surprises(model: RNN, rows) -> list[np.ndarray]:
+    "The same of a model, on its device."
+    with load_tensorflow().device(model.device):
+        return surprises(model.network, model.shape, rows)
+
+
 def rnn_nll(model: RNN, texts) -> list[float]:
     "How surprised a model is by each text, in nats."
     rows = model.tokenizer.encode_batch([texts] if isinstance(texts, str) else texts)
-    before = [] if model.eos_id is None else [model.eos_id]
-    with load_tensorflow().device(model.device):
-        found = surprises(model.network, model.shape, [[*before, *row] for row in rows])
-    return [float(nats.sum(dtype=np.float64)) for nats in found]
+    before = [] if model.start_id is None else [model.start_id]
+    return [float(nats.sum(dtype=np.float64)) for nats in model.surprises([[*before, *row] for row in rows])]
 
 # %% ../nbs/10b_rnn.ipynb #6afbce2b
 WEIGHTS = "model.keras"
