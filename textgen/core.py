@@ -183,7 +183,8 @@ REGISTRY = {
     "tokenizers": {},
     "metrics": {},
     "commands": {"data": "textgen.data_commands:app", "export": "textgen.export:app",
-                 "benchmark": "textgen.lstm_benchmark:app", "batch": "textgen.batch:app"},
+                 "benchmark": "textgen.lstm_benchmark:app", "batch": "textgen.batch:app",
+                 "evaluate": "textgen.evaluation:app", "lm-eval": "textgen.harness:app"},
     "recipes": {"gpt": "textgen.recipe:TrainConfig", "rnn": "textgen.rnn_trainer:RNNConfig"},  # by generator
     "trainers": {"gpt": "textgen.processes:started", "rnn": "textgen.rnn_trainer:started"},
 }

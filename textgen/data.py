@@ -344,7 +344,7 @@ def with_bar(
     from rich.console import Console
     from rich.progress import Progress
     terminal = Console(stderr=True, force_jupyter=False)  # draws nothing in a notebook or a log
-    with Progress(console=terminal, disable=not (progress and terminal.is_terminal), transient=True) as bar:
+    with Progress(console=terminal, disable=not (progress and sys.stderr.isatty()), transient=True) as bar:
         task = bar.add_task(label, total=total)
         for item in items:
             yield item

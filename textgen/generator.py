@@ -56,13 +56,15 @@ class Judge(ABC):
     "What says how likely a text is."
     tokenizer = None  # has encode, decode and stream_decoder
     eos_id: int | None = None  # the token that ends a text, if there is one
+    context_length: int | None = None  # tokens it can look at; None is no limit
+    pseudo = False  # whether `nll` is a pseudo-likelihood: of each token, given all the others
 
     @abstractmethod
     def nll(self, texts: list[str]) -> list[float]:
         "How surprised the model is by each text: minus its log-probability, in nats."
 
-    def surprises(self, rows) -> list:  # rows of at least 2 token ids -> of each, (its length - 1,) nats, an array
-        "How surprising each token but the first is after those before it; raises UsageError where nothing says so."
+    def surprises(self, rows, ranks=False) -> list:  # rows of at least 2 token ids -> of each, (its length - 1,) nats
+        "How surprising each token but the first is; with `ranks` (2, length - 1), and its place among all tokens."
         raise UsageError(f"{type(self).__name__} gives no likelihood of each token after those before it; take a model "
                          "that reads from left to right")
 
@@ -74,7 +76,6 @@ class Judge(ABC):
 # %% ../nbs/00a_generator.ipynb #a56eec30
 class TextGenerator(Judge):
     "A model that continues text; `stream` is the primitive and `generate` collects it."
-    context_length: int | None = None  # tokens it can look at; None is no limit
     vocab_size: int | None = None  # token ids are smaller; None is unknown
     defaults = GenerationConfig()  # what a call does not set
     honours = frozenset()  # names of the settings that it obeys, besides those of EVERY_MODEL

@@ -125,7 +125,7 @@ class GPT(TextGenerator):
     tokens = lambda self, prompts, seeds, config, closed: write(self, prompts, seeds, config, closed)
     save = lambda self, path: save_model(self, path)
     slots = lambda self, rows, length, tokens: slots_for(self, rows, length, tokens)
-    surprises = lambda self, rows: surprises(self.decoder, rows)
+    surprises = lambda self, rows, ranks=False: surprises(self.decoder, rows, ranks=ranks)
 
     def nll(self, texts):
         rows = self.tokenizer.encode_batch([texts] if isinstance(texts, str) else texts)

@@ -175,7 +175,7 @@ class Masked(TextGenerator):
         return written(self, [lay_out(self, *row, config) for row in zip(prompts, seeds)], config, closed)
 
     nll = lambda self, texts: pseudo_nll(self, [texts] if isinstance(texts, str) else texts)
-    surprises = lambda self, rows: no_surprises()
+    surprises = lambda self, rows, ranks=False: no_surprises()
 
     @classmethod
     def load(cls, path, device="auto", dtype="float32", compile="auto", rounds=10) -> "Masked":

@@ -49,7 +49,7 @@ class RNN(TextGenerator):
     tensors = functools.cached_property(lambda self: tensors(layers_of(self.network, self.shape)))
     tokens = lambda self, prompts, seeds, config, closed: write(self, prompts, seeds, config, closed)
     save = lambda self, path: save_rnn(self, path)
-    surprises = lambda self, rows: rnn_surprises(self, rows)
+    surprises = lambda self, rows, ranks=False: rnn_surprises(self, rows, ranks)
     nll = lambda self, texts: rnn_nll(self, texts)
 
     @classmethod
@@ -233,43 +233,48 @@ def surprises(
     shape: RNNShape,
     rows,  # sequences of token ids, each read from an empty state
     batch_size: int = 64,  # rows at once
-) -> list[np.ndarray]:  # of each row, (its length - 1,) float32: nats of every token but the first
+    ranks: bool = False,  # also say how many tokens were likelier, plus 1
+) -> list[np.ndarray]:  # of each row, (its length - 1,) float32: nats of every token but the first; with ranks (2, ...)
     "How surprising each token is after those before it."
-    found = [np.zeros(max(0, len(row) - 1), np.float32) for row in rows]
-    score, order = scorer(network), sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    found = [np.zeros((1 + ranks, max(0, len(row) - 1)), np.float32) for row in rows]
+    score, order = scorer(network, ranks), sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     order = [i for i in order if len(rows[i]) > 1]
     for first in range(0, len(order), batch_size):
         group = order[first : first + batch_size]
         states = no_state(shape, len(group))
-        for begin in range(0, len(found[group[0]]), PIECE):
-            group = [i for i in group if len(found[i]) > begin]  # the shorter ones are last
+        for begin in range(0, len(rows[group[0]]) - 1, PIECE):
+            group = [i for i in group if len(rows[i]) - 1 > begin]  # the shorter ones are last
             parts = [np.asarray(rows[i])[begin : begin + PIECE + 1] for i in group]
             ids = np.zeros((len(group), len(parts[0])), "int32")
             for row, part in zip(ids, parts):
                 row[: len(part)] = part
-            nats, *states = score(ids[:, :-1], ids[:, 1:], *(state[: len(group)] for state in states))
-            for i, row in zip(group, nats.numpy()):
-                found[i][begin : begin + PIECE] = row[: len(found[i]) - begin]
-    return found
+            told, *states = score(ids[:, :-1], ids[:, 1:], *(state[: len(group)] for state in states))
+            for i, row in zip(group, told.numpy()):
+                found[i][:, begin : begin + PIECE] = row[:, : len(rows[i]) - 1 - begin]
+    return found if ranks else [row[0] for row in found]
 
 # %% ../nbs/10b_rnn.ipynb #6fd9687d
 @functools.lru_cache(maxsize=8)
-def scorer(network):  # a compiled function, for batches of any size
-    "The surprise at each of some tokens, and the states after them."
+def scorer(network, ranks: bool = False):  # a compiled function, for batches of any size
+    "The surprise at each of some tokens (B, 1, T), or that and its place (B, 2, T); and the states after them."
     tf = load_tensorflow()
     ids, state = tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None, network.inputs[1].shape[1]], tf.float32)
 
     def score(ids, targets, *states):
         logits, *states = network([ids, *states], training=False)
-        return tf.nn.sparse_softmax_cross_entropy_with_logits(targets, tf.cast(logits, tf.float32)), *states
+        found = [tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits := tf.cast(logits, tf.float32))]
+        if ranks:
+            likelier = logits > tf.gather(logits, targets[..., None], batch_dims=2)
+            found.append(1 + tf.reduce_sum(tf.cast(likelier, tf.float32), 2))
+        return tf.stack(found, 1), *states
 
     return tf.function(score, input_signature=[ids, ids, *[state] * (len(network.inputs) - 1)], autograph=False)
 
 # %% ../nbs/10b_rnn.ipynb #2de6b03a
-def rnn_surprises(model: RNN, rows) -> list[np.ndarray]:
+def rnn_surprises(model: RNN, rows, ranks: bool = False) -> list[np.ndarray]:
     "The same of a model, on its device."
     with load_tensorflow().device(model.device):
-        return surprises(model.network, model.shape, rows)
+        return surprises(model.network, model.shape, rows, ranks=ranks)
 
 
 def rnn_nll(model: RNN, texts) -> list[float]:
