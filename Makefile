@@ -5,10 +5,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 PACKAGE := settings.ini setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lab docs figures swaps standing benchmark training lstm hooks clean
+.PHONY: help demo test test-all lab docs figures swaps standing benchmark training lstm originality hooks clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo '  make demo DATA=my.txt           train on a text of your own (a file or a folder)'
 	@echo '  make demo SET="KEY=VALUE ..."   change settings of the recipe textgen/recipes/demo.yaml'
@@ -50,6 +50,9 @@ training: .venv/made-dev  ## measure training beside nanoGPT's settings (half an
 
 lstm: .venv/made-dev  ## measure recurrent models beside the ways that tutorials teach (some minutes on one quiet core)
 	@$(BIN)/textgen benchmark lstm --output nbs/results && rm nbs/results/lstm.png
+
+originality: .venv/made-dev  ## measure the search for copied text beside other ways (some minutes; needs TEXTGEN_DATA and 2 GB)
+	@$(BIN)/python .ci/originality.py
 
 hooks: .venv/made-dev  ## let git merge notebooks cell by cell in this clone (nbdev's merge driver)
 	@git config merge.nbdev-merge.name "merge notebooks cell by cell"

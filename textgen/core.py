@@ -181,7 +181,7 @@ REGISTRY = {
     "generators": {"gpt": "textgen.gpt:GPT", "rnn": "textgen.rnn:RNN", "hf": "textgen.hf:HF",
                    "masked": "textgen.masked:Masked"},
     "tokenizers": {},
-    "metrics": {},
+    "metrics": {"originality": "textgen.originality:originality_metric"},
     "commands": {"data": "textgen.data_commands:app", "export": "textgen.export:app",
                  "benchmark": "textgen.lstm_benchmark:app", "batch": "textgen.batch:app",
                  "evaluate": "textgen.evaluation:app", "lm-eval": "textgen.harness:app"},
