@@ -430,37 +430,44 @@ void activate(const float *x, float *y, int64_t I, int64_t rows, int bend) {
 
 # %% ../nbs/06d_kernels.ipynb #59dd3869
 SOURCE.append(r"""
-/* Scores w (rows, ws) to weights, in place; the first row sees positions 0 to `at`, each further one `next` more */
-void softmax(float *w, int64_t ws, int64_t rows, int64_t at, int64_t next, float scale) {
-    const v16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int64_t r = 0; r < rows; r++, at += next, w += ws) {
-        v16 sum = {}, best = (v16){} - INFINITY;
-        for (int64_t s = 0; s < ws; s += 16) {
-            AT(w + s) = either(lane + (float)s <= (float)at, AT(w + s), (v16){} - INFINITY);
+/* Scores w (rows, ws) to weights, in place, and what to multiply them by; rows see positions 0 to `at`, `each` of them
+   as many, the next ones one more */
+void softmax(float *w, int64_t ws, int64_t rows, int64_t at, int64_t each, float scale, float *share) {
+    const v16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, none = (v16){} - INFINITY;
+    for (int64_t r = 0; r < rows; r++, w += ws) {
+        int64_t seen = at + r / each + 1, border = seen / 16 * 16, s;  /* from there on, lanes count that are below */
+        v16 sum = {}, best = none, below = {};
+        for (s = 0; s < border; s += 16) best = either(AT(w + s) > best, AT(w + s), best);
+        if (border < seen) {
+            AT(w + s) = either(lane + (float)s < (float)seen, AT(w + s), none);
             best = either(AT(w + s) > best, AT(w + s), best);
         }
-        float top = largest(best);
-        for (int64_t s = 0; s < ws; s += 16) {
-            v16 e = exp16((AT(w + s) - top) * scale);
-            sum += AT(w + s) = either(lane + (float)s <= (float)at, e, (v16){});
+        below += largest(best) * scale;
+        for (s = 0; s < seen; s += 16) sum += AT(w + s) = exp16(AT(w + s) * scale - below);
+        if (border < seen) {  /* e to the power of minus infinity is no 0 here */
+            sum -= AT(w + border);
+            sum += AT(w + border) = either(lane + (float)border < (float)seen, AT(w + border), (v16){});
         }
-        float share = 1 / total(sum);
-        for (int64_t s = 0; s < ws; s += 16) AT(w + s) *= share;
+        for (; s < ws; s += 16) AT(w + s) = (v16){};
+        share[r] = 1 / total(sum);
     }
 }
 """)
 
 # %% ../nbs/06d_kernels.ipynb #8a571428
 SOURCE.append(r"""
-/* y (rows, D) from queries q (rows, D), which stand ys and qs floats apart; w: rows * (UP(S, 16) + UP(D, 16)) */
+/* y (n, each, D) from queries q (n, each, D): `each` heads side by side, which share keys and values, at n positions from
+   `at` on, ys and qs floats apart; w: n * each * (UP(S, 16) + 2 * UP(D, 16)) */
 void attend(const float *q, int64_t qs, const float *keys, const float *values, int64_t L, int64_t D, int64_t at,
-            int64_t next, int64_t rows, float *w, float *y, int64_t ys) {
-    int64_t S = at + 1 + (rows - 1) * next, ws = UP(S, 16), ds = UP(D, 16);
+            int64_t each, int64_t n, float *w, float *y, int64_t ys) {
+    int64_t S = at + n, ws = UP(S, 16), ds = UP(D, 16), rows = n * each;
     Matrix k = {keys, 0, 0, D, D, S, 4, 0}, v = {values, 0, 0, S, L, D, 4, 0};
-    float *mixed = w + rows * ws;
-    strip(&k, 0, ws / 16, q, qs, w, ws, rows);
-    softmax(w, ws, rows, at, next, 1 / sqrtf(D));
+    float *mixed = w + rows * ws, *own = mixed + rows * ds, *share = own;  /* the queries, and later on their shares */
+    for (int64_t r = 0; r < n; r++) memcpy(own + r * each * D, q + r * qs, each * D * sizeof(float));
+    strip(&k, 0, ws / 16, own, D, w, ws, rows);
+    softmax(w, ws, rows, at, each, 1 / sqrtf(D), share);
     strip(&v, 0, ds / 16, w, ws, mixed, ds, rows);
-    for (int64_t r = 0; r < rows; r++) memcpy(y + r * ys, mixed + r * ds, D * sizeof(float));
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t d = 0; d < D; d++) y[r / each * ys + r % each * D + d] = mixed[r * ds + d] * share[r];
 }
 """)

@@ -136,20 +136,20 @@ def cache_of(
 
 # %% ../nbs/06e_native.ipynb #0da8a976
 PARTS.append(r"""
-/* Attention of R tokens: neighbours in a slot go together, or else the heads that share keys. */
+/* Attention of R tokens: the heads that share keys go together, and as many neighbours in a slot as make a tile. */
 void look_back(const Model *m, const Cache *c, int64_t block, int64_t R, const int64_t *slots, const int64_t *at,
                const float *q, int64_t qs, float *y, int64_t ys, float *room, int64_t size, int threads) {
-    int64_t D = m->D, G = m->G, each = m->H / G, L = c->L;
+    int64_t D = m->D, G = m->G, each = m->H / G, most = each < 12 ? 12 / each : 1, L = c->L;
     #pragma omp parallel for num_threads(threads) if(threads > 1 && R * m->H * at[R - 1] * D > 1 << 16)
     for (int64_t t = 0; t < threads; t++)
         for (int64_t r = 0, n = 1, job = 0; r < R; r += n) {
-            for (n = 1; each == 1 && n < 12 && r + n < R && slots[r + n] == slots[r] && at[r + n] == at[r] + n; n++);
+            for (n = 1; n < most && r + n < R && slots[r + n] == slots[r] && at[r + n] == at[r] + n; n++);
             for (int64_t g = 0; g < G; g++, job++) {
                 if (job % threads != t) continue;
                 size_t place = (size_t)(slots[r] * G + g) * L;
                 const float *k = c->keys[block] + place * D, *v = c->values[block] + place * UP(D, 16);
-                attend(q + r * qs + g * each * D, n > 1 ? qs : D, k, v, L, D, at[r], n > 1, n > 1 ? n : each,
-                       room + t * size, y + r * ys + g * each * D, n > 1 ? ys : D);
+                attend(q + r * qs + g * each * D, qs, k, v, L, D, at[r], each, n, room + t * size,
+                       y + r * ys + g * each * D, ys);
             }
         }
 }
@@ -161,7 +161,7 @@ typedef struct { int64_t X, Q, Y, F, I, room; } Widths;  /* floats of a row of e
 static Widths widths(const Model *m, int64_t L) {
     int64_t each = m->H / m->G, I = UP(m->inner, 16);
     return (Widths){UP(m->C, 16), UP((m->H + 2 * m->G) * m->D, 16), UP(m->H * m->D, 16), m->bend == 2 ? 2 * I : I, I,
-                    (each > 12 ? each : 12) * (UP(L, 16) + UP(m->D, 16))};
+                    (each > 12 ? each : 12) * (UP(L, 16) + 2 * UP(m->D, 16))};
 }
 int64_t work_size(const Model *m, int64_t L, int64_t R, int threads) {
     Widths s = widths(m, L);

@@ -21,6 +21,7 @@ def surprises(
     rows,  # sequences of at least 2 token ids
     batch_size: int = 32,  # rows read at once, or fewer: what they need should fit the device's fast memory
     ranks: bool = False,  # also say how many tokens were likelier, plus 1
+    read=None,  # gives logits (B, T, V) of ids (B, T); None: the decoder
 ) -> list[np.ndarray]:  # of each row, (its length - 1,) float32: nats of every token but the first; with ranks (2, ...)
     "How surprising each token is after those before it."
     if not len(rows):
@@ -35,7 +36,7 @@ def surprises(
             end = begin + max(1, min(batch_size, most // len(rows[order[begin]])))
             group = order[begin:end]
             ids = padded([rows[i] for i in group], decoder)  # (B, T+1)
-            for i, *row in zip(group, *judged(decoder(ids[:, :-1]), ids[:, 1:], ranks)):
+            for i, *row in zip(group, *judged((read or decoder)(ids[:, :-1]), ids[:, 1:], ranks)):
                 results[i][:] = [one[: len(rows[i]) - 1] for one in row]
     return results if ranks else [row[0] for row in results]
 
