@@ -371,15 +371,21 @@ def linear(
 # %% ../nbs/06d_kernels.ipynb #5e64dd77
 SOURCE.append(r"""
 /* The polynomial is that of Cephes (Moshier 1992). */
-INLINE v16 exp16(v16 x) {
-    const v16 low = (v16){} - 87, high = (v16){} + 88, half = (v16){} + 0.5f;
-    x = either(x < low, low, either(x > high, high, x));
-    v16 z = x * 1.44269504f;
-    i16 n = __builtin_convertvector(z + either(z < 0, -half, half), i16);
+INLINE v16 power(v16 x, i16 n) {  /* n: the whole number next to x / log 2 */
     v16 m = __builtin_convertvector(n, v16), f = x - m * 0.693359375f + m * 2.12194440e-4f;
     v16 p = ((1.9875691500e-4f * f + 1.3981999507e-3f) * f + 8.3334519073e-3f) * f + 4.1665795894e-2f;
     p = ((p * f + 1.6666665459e-1f) * f + 5.0000001201e-1f) * f * f + f + 1;
     return (v16)((i16)p + (n << 23));
+}
+INLINE v16 exp16(v16 x) {
+    const v16 low = (v16){} - 87, high = (v16){} + 88, half = (v16){} + 0.5f;
+    x = either(x < low, low, either(x > high, high, x));
+    return power(x, __builtin_convertvector(x * 1.44269504f + either(x < 0, -half, half), i16));
+}
+INLINE v16 exp_below(v16 x) {  /* of numbers below 0.3 */
+    const v16 low = (v16){} - 87;
+    x = either(x < low, low, x);
+    return power(x, __builtin_convertvector(x * 1.44269504f - 0.5f, i16));
 }
 """)
 
@@ -443,7 +449,7 @@ void softmax(float *w, int64_t ws, int64_t rows, int64_t at, int64_t each, float
             best = either(AT(w + s) > best, AT(w + s), best);
         }
         below += largest(best) * scale;
-        for (s = 0; s < seen; s += 16) sum += AT(w + s) = exp16(AT(w + s) * scale - below);
+        for (s = 0; s < seen; s += 16) sum += AT(w + s) = exp_below(AT(w + s) * scale - below);
         if (border < seen) {  /* e to the power of minus infinity is no 0 here */
             sum -= AT(w + border);
             sum += AT(w + border) = either(lane + (float)border < (float)seen, AT(w + border), (v16){});
