@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 UNITS = ["nats/char", "nats/token", "bits/char", "bits/byte", "tokens/s", "characters/s", "%", "MB", "GB", "ms", "s", "minutes", "×"]
 # These import no framework at module level.
 LIGHT = {"core", "generator", "model_files", "lstm", "loop", "rnn", "recurrence", "rnn_trainer", "ways", "tokenizer", "tokenizer_io", "corpus", "files", "cleaning", "folders", "sources", "encoding", "data", "rows",
-         "constrained", "evaluate", "originality", "recipe", "fitting", "resume", "runs", "cli", "data_commands", "export", "peers", "rounds", "workloads",
+         "constrained", "evaluate", "quality", "originality", "recipe", "fitting", "resume", "runs", "cli", "data_commands", "export", "peers", "rounds", "workloads",
          "benchmark", "training", "jobs", "batch", "lstm_benchmark", "testing", "evaluation", "harness"}
 NUMBER = r"\d\d[a-z]?_"  # of a chapter
 FOR_ALL = set(sys.stdlib_module_names) | {"numpy", "pydantic", "yaml"}
