@@ -105,7 +105,7 @@ def self_bleu(samples: list[str], references: list[str] | None = None) -> dict:
     check_texts(samples)
     if len(samples) < 2:
         raise NotGiven("samples are compared with each other; give at least 2")
-    metric = package("sacrebleu.metrics", "eval").BLEU(force=True, effective_order=True)
+    metric = package("sacrebleu.metrics", "eval").BLEU(effective_order=True)
     metric.num_refs = len(samples) - 1  # for the signature
     rows = [metric.tokenizer(text.rstrip()).split() for text in samples]
     counts = [Counter(run for n in range(1, 5) for run in ngrams(row, n)) for row in rows]
