@@ -371,21 +371,15 @@ def linear(
 # %% ../nbs/06d_kernels.ipynb #5e64dd77
 SOURCE.append(r"""
 /* The polynomial is that of Cephes (Moshier 1992). */
-INLINE v16 power(v16 x, i16 n) {  /* n: the whole number next to x / log 2 */
+INLINE v16 exp16(v16 x) {
+    const v16 low = (v16){} - 87, high = (v16){} + 88, half = (v16){} + 0.5f;
+    x = either(x < low, low, either(x > high, high, x));
+    v16 z = x * 1.44269504f;
+    i16 n = __builtin_convertvector(z + either(z < 0, -half, half), i16);
     v16 m = __builtin_convertvector(n, v16), f = x - m * 0.693359375f + m * 2.12194440e-4f;
     v16 p = ((1.9875691500e-4f * f + 1.3981999507e-3f) * f + 8.3334519073e-3f) * f + 4.1665795894e-2f;
     p = ((p * f + 1.6666665459e-1f) * f + 5.0000001201e-1f) * f * f + f + 1;
     return (v16)((i16)p + (n << 23));
-}
-INLINE v16 exp16(v16 x) {
-    const v16 low = (v16){} - 87, high = (v16){} + 88, half = (v16){} + 0.5f;
-    x = either(x < low, low, either(x > high, high, x));
-    return power(x, __builtin_convertvector(x * 1.44269504f + either(x < 0, -half, half), i16));
-}
-INLINE v16 exp_below(v16 x) {  /* of numbers below 0.3 */
-    const v16 low = (v16){} - 87;
-    x = either(x < low, low, x);
-    return power(x, __builtin_convertvector(x * 1.44269504f - 0.5f, i16));
 }
 """)
 
@@ -436,34 +430,27 @@ void activate(const float *x, float *y, int64_t I, int64_t rows, int bend) {
 
 # %% ../nbs/06d_kernels.ipynb #59dd3869
 SOURCE.append(r"""
-/* Scores w (rows, ws) to weights, in place, and what to multiply them by; rows see positions 0 to `at`, `each` of them
-   as many, the next ones one more */
+/* Scores w (rows, ws) to weights, and what to multiply them by; `each` rows see positions 0 to `at`, others one more */
 void softmax(float *w, int64_t ws, int64_t rows, int64_t at, int64_t each, float scale, float *share) {
     const v16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, none = (v16){} - INFINITY;
     for (int64_t r = 0; r < rows; r++, w += ws) {
-        int64_t seen = at + r / each + 1, border = seen / 16 * 16, s;  /* from there on, lanes count that are below */
-        v16 sum = {}, best = none, below = {};
+        int64_t seen = at + r / each + 1, border = seen / 16 * 16, s;
+        v16 sum = {}, best = none;
         for (s = 0; s < border; s += 16) best = either(AT(w + s) > best, AT(w + s), best);
-        if (border < seen) {
-            AT(w + s) = either(lane + (float)s < (float)seen, AT(w + s), none);
-            best = either(AT(w + s) > best, AT(w + s), best);
-        }
-        below += largest(best) * scale;
-        for (s = 0; s < seen; s += 16) sum += AT(w + s) = exp_below(AT(w + s) * scale - below);
-        if (border < seen) {  /* e to the power of minus infinity is no 0 here */
-            sum -= AT(w + border);
-            sum += AT(w + border) = either(lane + (float)border < (float)seen, AT(w + border), (v16){});
-        }
-        for (; s < ws; s += 16) AT(w + s) = (v16){};
-        share[r] = 1 / total(sum);
+        if (border < seen) AT(w + s) = either(lane + (float)s < (float)seen, AT(w + s), none);
+        if (border < seen) best = either(AT(w + s) > best, AT(w + s), best);
+        float below = largest(best) * scale;
+        for (s = 0; s < border; s += 16) sum += AT(w + s) = exp16(AT(w + s) * scale - below);
+        if (border < seen)  /* e to the power of minus infinity is no 0 here */
+            sum += AT(w + s) = either(lane + (float)s < (float)seen, exp16(AT(w + s) * scale - below), (v16){});
+        for (share[r] = 1 / total(sum), s = UP(seen, 16); s < ws; s += 16) AT(w + s) = (v16){};
     }
 }
 """)
 
 # %% ../nbs/06d_kernels.ipynb #8a571428
 SOURCE.append(r"""
-/* y (n, each, D) from queries q (n, each, D): `each` heads side by side, which share keys and values, at n positions from
-   `at` on, ys and qs floats apart; w: n * each * (UP(S, 16) + 2 * UP(D, 16)) */
+/* y (n, each, D) from q, ys and qs floats apart, positions from `at` on; w: n * each * (UP(S, 16) + 2 * UP(D, 16)) */
 void attend(const float *q, int64_t qs, const float *keys, const float *values, int64_t L, int64_t D, int64_t at,
             int64_t each, int64_t n, float *w, float *y, int64_t ys) {
     int64_t S = at + n, ws = UP(S, 16), ds = UP(D, 16), rows = n * each;

@@ -17,14 +17,15 @@ import numpy as np
 
 from .core import UsageError, counted
 from .data import with_bar
+from .quality import NotGiven
 
 # %% ../nbs/09b_originality.ipynb #49946bff
 def suffix_library():
-    "The package that sorts suffixes; raises UsageError where it is not installed."
+    "The package that sorts suffixes; raises NotGiven where it is not installed."
     try:
         import pydivsufsort
     except ImportError:
-        raise UsageError('originality needs pydivsufsort; pip install "textgen[eval]"') from None
+        raise NotGiven('originality needs pydivsufsort; pip install "textgen[eval]"') from None
     return pydivsufsort
 
 # %% ../nbs/09b_originality.ipynb #36557494
@@ -303,7 +304,7 @@ def originality_metric(
 ) -> dict[str, float]:
     "The figures of `originality`, of the samples and of the references; raises UsageError."
     if training is None:
-        raise UsageError("originality needs the documents that the model was trained on; give them as training")
+        raise NotGiven("originality needs the documents that the model was trained on; give them as training")
     samples = read_samples(samples, least)
     index = training if isinstance(training, TrainingText) else TrainingText(training, progress)
     figures = originality(samples, index, least, progress).figures()
