@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 PACKAGE := settings.ini setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lab docs figures swaps standing benchmark training lstm originality hooks clean
+.PHONY: help demo test test-all lab docs figures swaps standing benchmark training lstm originality evaluation hooks clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ lstm: .venv/made-dev  ## measure recurrent models beside the ways that tutorials
 
 originality: .venv/made-dev  ## measure the search for copied text beside other ways (some minutes; needs TEXTGEN_DATA and 2 GB)
 	@$(BIN)/python .ci/originality.py
+
+evaluation: .venv/made-dev  ## evaluate a known model under every protocol, beside lm-eval (some minutes; needs TEXTGEN_DATA)
+	@$(BIN)/python .ci/evaluation.py
 
 hooks: .venv/made-dev  ## let git merge notebooks cell by cell in this clone (nbdev's merge driver)
 	@git config merge.nbdev-merge.name "merge notebooks cell by cell"

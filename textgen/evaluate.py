@@ -280,6 +280,4 @@ def held_out(
     **options,  # as of read_source
 ) -> list[str]:
     "The documents of a split, as they came; raises UsageError."
-    source = read_source(data, root, **options)
-    splits = source.splits if split == "all" else [split]
-    return [text for one in splits for text in documents(source.blocks(one))]
+    return [*documents(read_source(data, root, **options).blocks(split))]

@@ -154,7 +154,7 @@ class Masked(TextGenerator):
     "A masked language model that writes by filling gaps, again and again."
     honours = frozenset("temperature top_k top_p min_p logit_bias repetition_penalty presence_penalty "
                         "frequency_penalty logprobs overflow".split())
-    BATCH = 16  # texts at once
+    BATCH, pseudo = 16, True  # texts at once; what `nll` is
 
     def __init__(
         self,

@@ -300,7 +300,9 @@ class Source:
         self.splits = [name for part in self.files for name in ([part] if part else ["train", "validation"])]
 
     def blocks(self, split: str) -> Iterator[Block]:
-        "The documents of a split, in blocks; raises UsageError."
+        "The documents of a split, or of all of them, in blocks; raises UsageError."
+        if split == "all":
+            return (block for part in self.files for block in _kept(self, part))
         if split not in self.splits:
             raise UsageError(f"{self.name} has no split {split!r}; {suggest(split, self.splits)}")
         if split in self.files:
