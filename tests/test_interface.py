@@ -31,7 +31,7 @@ class Recite(TextGenerator):
                 for row, ids in enumerate(self.rows):
                     if t < len(ids) and not (self.obeys and row in closed):
                         self.steps.append((row, t))
-                        yield Token(row, ids[t], "length" if t == len(ids) - 1 else None, -float(ids[t]), ((ids[t], -1.0),))
+                        yield Token(row, ids[t], "length" if t == len(ids) - 1 else None, -float(ids[t]), ((ids[t], -1.0),), ids[t], 0.5)
         finally: self.ended += 1
 
 
@@ -63,7 +63,7 @@ def check(tokenizer, ids, stops, least=0):
     text, tokens, reason, shown = naive(tokenizer, ids, stops, least)
     whole, = model.generate("a", **settings)
     assert (whole.text, whole.token_ids, whole.finish_reason) == (text, tokens, reason)
-    assert whole.logprobs == [Logprob(-float(id), ((id, -1.0),)) for id in tokens]
+    assert whole.logprobs == [Logprob(-float(id), ((id, -1.0),), id, 0.5) for id in tokens]
     stream = list(model.stream("a", **settings))
     assert collect(stream, [whole.seed]) == [whole] and all(piece.text or piece.finish_reason for piece in stream)
     so_far, count = "", 0

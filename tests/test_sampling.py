@@ -398,8 +398,10 @@ def test_no_global_random_state():
 def test_logprobs(z, n):
     z = [f32(x) for x in z]
     x, ids = torch.tensor([z, z]), torch.tensor([0, len(z) - 1])
-    chosen, best, nats = logprobs(x, ids, n)
+    chosen, best, nats, rank, entropy = logprobs(x, ids, n)
     expected = x.double().log_softmax(-1)
+    assert rank.tolist() == [1 + in_order(z).index(id) for id in ids.tolist()]
+    torch.testing.assert_close(entropy.double(), torch.special.entr(expected.exp()).sum(-1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(chosen.double(), expected[range(2), ids], atol=1e-5, rtol=1e-5)
     assert best[0].tolist() == in_order(z)[:n]
     torch.testing.assert_close(nats.double(), expected.gather(1, best), atol=1e-5, rtol=1e-5)

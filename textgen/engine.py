@@ -270,7 +270,8 @@ def land(engine: Engine):
         for row, (request, token) in enumerate(zip(flight.requests, ids)):
             if not request.finish_reason:
                 n = request.config.logprobs
-                likely = () if n is None else (extra[0][row], tuple(zip(extra[1][row][:n], extra[2][row][:n])))
+                n, told = request.config.logprobs, [x[row] for x in extra]
+                likely = () if n is None else (told[0], tuple(zip(told[1][:n], told[2][:n])), *told[3:])
                 hear(engine, request, token, *likely)
 
 # %% ../nbs/07_engine.ipynb #7e4664af

@@ -24,12 +24,16 @@ class Token(NamedTuple):
     finish_reason: str | None = None  # "stop" or "length" with a row's last
     logprob: float | None = None  # natural logarithm of its probability, when asked for
     top: tuple[tuple[int, float], ...] | None = None  # the likeliest tokens and theirs, likeliest first
+    rank: int | None = None  # its place among all tokens by probability, 1 being the likeliest
+    entropy: float | None = None  # nats of the whole distribution it was drawn from
 
 
 class Logprob(NamedTuple):
-    "How likely a token was, and what was likely in its place."
+    "How likely a token was, and what was likely in its place; all by the model's own distribution."
     logprob: float
     top: tuple[tuple[int, float], ...]  # (token id, logprob), likeliest first
+    rank: int  # 1 is the likeliest; of equals the lower id comes first
+    entropy: float  # nats: 0 where the model had no doubt, the logarithm of V where all was the same to it
 
 # %% ../nbs/00a_generator.ipynb #4730d577
 @dataclass
@@ -203,7 +207,7 @@ class Row:
         if token.id is not None:
             self.count += 1
             self.ids.append(token.id)
-            self.logprobs.append(Logprob(token.logprob, token.top))
+            self.logprobs.append(Logprob(token.logprob, token.top, token.rank, token.entropy))
             text = self.decoder.push(token.id)
         if reason:
             text += self.decoder.flush()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'FOLDED', 'TURNS', 'shares', 'pick', 'apply_top_k', 'apply_top_p', 'sample', 'process', 'choose',
-           'settings_of', 'tables', 'biases', 'layers_of', 'tensors', 'step', 'reader', 'writer']
+           'settings_of', 'tables', 'biases', 'layers_of', 'tensors', 'step', 'reader', 'likely', 'writer']
 
 # %% ../nbs/10a_loop.ipynb #1737b8a0
 import functools
@@ -261,15 +261,26 @@ def reader(cell: str, jit: bool):  # a function of weights, ids (B, TURNS), leng
     return tf.function(read, jit_compile=jit, autograph=False)
 
 # %% ../nbs/10a_loop.ipynb #00e2dd73
+def likely(
+    logits,  # (B, V) float32, as the network gives them
+    ids,  # (B,) int32, the tokens chosen
+    n: int,  # how many of the most probable tokens are wanted as well, 0 or more
+):  # (B,) nats of the chosen; (B, n) ids and nats of the most probable; (B,) ranks; (B,) entropies
+    "Log-probabilities by the model's own distribution, as in chapter 6b."
+    tf, V = load_tensorflow(), logits.shape[-1]
+    nats, ids = tf.nn.log_softmax(logits), tf.maximum(ids, 0)[:, None]  # (B, V), (B, 1)
+    which = tf.math.top_k(logits, min(n, V)).indices  # of equals the lower id comes first
+    own, places = tf.gather(logits, ids, axis=-1, batch_dims=1), tf.range(V)  # (B, 1), (V,)
+    better = (logits > own) | ((logits == own) & (places < ids))  # (B, V)
+    entropy = tf.reduce_sum(tf.exp(nats) * -tf.maximum(nats, -200.0), -1)
+    chosen, best = (tf.gather(nats, some, axis=-1, batch_dims=1) for some in (ids, which))
+    return chosen[:, 0], which, best, 1 + tf.reduce_sum(tf.cast(better, tf.int32), -1), entropy
+
+# %% ../nbs/10a_loop.ipynb #91d06dc6
 @functools.cache
 def writer(cell: str, jit: bool):  # a compiled function, see `write`
     "Write tokens: choose, read what was chosen, and again."
     tf = load_tensorflow()
-
-    def likely(logits, ids, n):
-        nats = tf.nn.log_softmax(logits)
-        best, which = tf.math.top_k(nats, min(n, nats.shape[-1]))  # of equals the lower id comes first
-        return tf.gather(nats, tf.maximum(ids, 0), axis=-1, batch_dims=1), which, best
 
     def write(weights, ids, states, counts, written, u, turns, settings, logprobs):
         first = [ids] if logprobs is None else [ids, *likely(tf.zeros_like(counts, tf.float32), ids, logprobs)]

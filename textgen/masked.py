@@ -74,7 +74,7 @@ class Draft:
     count: int  # N, how many there are
     seed: int
     looks: int = 0  # so far
-    likely: dict = field(default_factory=dict)  # place -> the likeliest tokens when it was filled
+    likely: dict = field(default_factory=dict)  # place -> the likeliest tokens when it was filled, rank, entropy
 
     def __post_init__(self):
         self.hidden = torch.ones(self.count, dtype=torch.bool, device=self.ids.device)  # (N,) gaps
@@ -143,9 +143,9 @@ def fill(
     ids = choose(logits, u, settings, history)
     if (ids < 0).any():
         raise TextgenError(f"the model gave no numbers at look {draft.looks + 1}: its weights are damaged")
-    nats, best, best_nats = logprobs(logits, ids, config.logprobs or 0)
-    for place, tokens, values in zip(draft.hidden.nonzero().flatten().tolist(), best.tolist(), best_nats.tolist()):
-        draft.likely[place] = tuple(zip(tokens, values))
+    nats, *told = logprobs(logits, ids, config.logprobs or 0)
+    for place, best, values, *others in zip(draft.hidden.nonzero().flatten().tolist(), *(x.tolist() for x in told)):
+        draft.likely[place] = tuple(zip(best, values)), *others
     draft.new[draft.hidden], draft.nats[draft.hidden] = ids, nats
     draft.looks += 1
 
@@ -238,7 +238,7 @@ def written(model: Masked, drafts: list[Draft], config: GenerationConfig, closed
                 yield Token(row, None, "length")
             for place, (id, nats) in enumerate(zip(draft.new.tolist(), draft.nats.tolist())):
                 if row not in closed:
-                    likely = () if config.logprobs is None else (nats, draft.likely[place])
+                    likely = () if config.logprobs is None else (nats, *draft.likely[place])
                     yield Token(row, id, "length" if place == draft.count - 1 else None, *likely)
 
 # %% ../nbs/11a_masked.ipynb #55a55b88

@@ -164,7 +164,7 @@ def hear(
     row: int,
     count: int,  # tokens of the text, with this one
     token: np.int32,
-    likely: list,  # log-probability of the token; ids of the likeliest, and theirs
+    told: list,  # what `likely` says of it, when asked
 ) -> Token:  # raises TextgenError where the logits are broken
     "One token of one row."
     name, constraint, id = company.alive[row], company.constraints[row], int(token)
@@ -180,10 +180,10 @@ def hear(
     reason = "stop" if stops else "length" if count == company.config.max_new_tokens else None
     if reason:
         del company.alive[row]
-    if not likely:
+    if not told:
         return Token(name, id, reason)
-    nats, which, best = likely
-    return Token(name, id, reason, float(nats), tuple(zip(which.tolist(), best.tolist())))
+    nats, which, best, rank, entropy = (x.tolist() for x in told)
+    return Token(name, id, reason, nats, tuple(zip(which, best)), rank, entropy)
 
 # %% ../nbs/10b_rnn.ipynb #ff26b030
 def write_company(company: Company, closed: set[int]) -> Iterator[Token]:
@@ -194,12 +194,12 @@ def write_company(company: Company, closed: set[int]) -> Iterator[Token]:
         yield Token(company.alive.pop(row), None, "stop")
     while company.alive and company.written < most:
         with load_tensorflow().device(company.model.device):
-            first, *likely = advance(company, 1 if company.guided else min(turns, most - company.written))
+            first, *told = advance(company, 1 if company.guided else min(turns, most - company.written))
         turns = min(2 * turns, TURNS)
         for t in range(len(first)):
             count = company.written - len(first) + t + 1
             for row in [row for row, name in company.alive.items() if name not in closed]:
-                yield hear(company, row, count, first[t, row], [x[t, row] for x in likely])
+                yield hear(company, row, count, first[t, row], [x[t, row] for x in told])
         company.alive = {row: name for row, name in company.alive.items() if name not in closed}
 
 # %% ../nbs/10b_rnn.ipynb #e90316cf

@@ -164,8 +164,7 @@ class StreamTests(Suite):
     def test_a_stream_that_is_closed_stops(self):
         "Nothing comes any more, and the model writes as before."
         before, stream = self.write(self.prompts), self.stream(self.prompts)
-        next(stream)
-        stream.close()
+        next(stream), stream.close()
         assert next(stream, None) is None, "a closed stream goes on"
         same(self.write(self.prompts), before, "what is written after a stream was closed")
 
@@ -195,8 +194,7 @@ class SeedTests(Suite):
     def test_global_random_state_is_left_alone(self):
         "Python's, NumPy's, and torch's and TensorFlow's where they are loaded."
         before = random_states()
-        for seed in (1, None):
-            self.write(self.prompts, seed=seed)
+        assert all(self.write(self.prompts, seed=seed) for seed in (1, None)), "nothing is written"
         changed = [name for name, state in random_states().items() if state != before.get(name, state)]
         assert not changed, f"writing has changed the global random state of {changed}"
 
@@ -266,8 +264,7 @@ class StopTests(Suite):
     def test_stop_token_ids(self):
         "A text ends before the token."
         needs(self, "stop_token_ids", "writes_left_to_right")
-        whole = self.whole()
-        end = whole[0].token_ids[2]
+        end = (whole := self.whole())[0].token_ids[2]
         for one, free in zip(self.write(self.prompts, seed=whole[0].seed, stop_token_ids=(end,)), whole):
             cut = [*itertools.takewhile(lambda id: id != end, free.token_ids)]
             reason = "stop" if end in free.token_ids else free.finish_reason
@@ -330,13 +327,19 @@ class LogprobTests(Suite):
         assert all(one.logprobs is None for one in self.write(self.prompts)), "logprobs without being asked for"
         for one in self.write(self.prompts, logprobs=3):
             assert len(one.logprobs) == len(one.token_ids), f"{len(one.logprobs)} for {len(one.token_ids)} tokens"
-            for id, (logprob, top) in zip(one.token_ids, one.logprobs):
-                nats, own = [nats for _, nats in top], dict(top).get(id, logprob)
+            for id, (logprob, top, rank, entropy) in zip(one.token_ids, one.logprobs):
+                nats, own, place = [nats for _, nats in top], dict(top).get(id, logprob), [*dict(top), id].index(id) + 1
                 ordered = nats == sorted(nats, reverse=True) and len(top) == min(3, self.model.vocab_size or 3)
                 assert ordered and sum(map(math.exp, nats)) < 1 + self.tolerance, f"logprobs=3 gives {top}"
                 right = abs(own - logprob) < self.tolerance and logprob < nats[0] + self.tolerance
                 assert right, f"token {id} has {logprob}, and of the likeliest {top}"
+                right, least = rank == place or rank > place > len(top), -sum(math.exp(x) * x for x in nats)
+                right = right and least - self.tolerance < entropy < math.log(self.model.vocab_size or math.inf) + 1e-3
+                assert right, f"token {id} has rank {rank} and entropy {entropy}, and the likeliest are {top}"
 
+# %% ../nbs/11b_testing.ipynb #b3b9046b
+class NllTests(Suite):
+    "How surprised it is by a text."
     def test_logprobs_add_up_to_nll(self):
         "What is added to a text costs what its tokens cost one by one."
         needs(self, "logprobs", "scores_its_text", "writes_left_to_right")
@@ -353,9 +356,6 @@ class LogprobTests(Suite):
                 return
         raise SkipTest("of ninety texts none is encoded as it was written")
 
-# %% ../nbs/11b_testing.ipynb #b3b9046b
-class NllTests(Suite):
-    "How surprised it is by a text."
     def test_nll_of_many_is_nll_of_each(self):
         "Finite numbers, not below 0, whatever texts stand beside; one may be longer than the context."
         texts = [*self.prompts, "".join(self.prompts), self.prompts[0] * ((self.model.context_length or 8) + 1)]

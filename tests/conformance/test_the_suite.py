@@ -175,7 +175,7 @@ class PlansAhead(Markov):
 class ShowsTheEnd(Markov):
     def tokens(self, prompts, seeds, config, closed):
         for token in super().tokens(prompts, seeds, config, closed):
-            yield token if token.id is not None else Token(token.row, self.eos_id, "stop", 0.0, ())
+            yield token if token.id is not None else Token(token.row, self.eos_id, "stop", 0.0, (), 1, 0.0)
 
 
 @fails("stop_strings_cut")
@@ -203,7 +203,7 @@ class StopsEveryRow(Markov):
 class ShowsTheStopToken(Markov):
     def tokens(self, prompts, seeds, config, closed):
         for token in super().tokens(prompts, seeds, config, closed):
-            yield token._replace(id=config.stop_token_ids[0], logprob=0.0, top=()) if token.id is None and config.stop_token_ids else token
+            yield token._replace(id=config.stop_token_ids[0], logprob=0.0, top=(), rank=1, entropy=0.0) if token.id is None and config.stop_token_ids else token
 
 
 # Settings that are listed in `honours` and ignored
@@ -251,6 +251,20 @@ class PercentForLogprobs(Markov):
     def tokens(self, prompts, seeds, config, closed):
         for token in super().tokens(prompts, seeds, config, closed):
             yield token if token.id is None else token._replace(top=tuple((id, np.exp(nats)) for id, nats in token.top))
+
+
+@fails("logprobs_are_one_a_token")
+class CountsFromZero(Markov):
+    def tokens(self, prompts, seeds, config, closed):
+        for token in super().tokens(prompts, seeds, config, closed):
+            yield token if token.id is None else token._replace(rank=token.rank - 1)
+
+
+@fails("logprobs_are_one_a_token")
+class EntropyOfTheLikeliest(Markov):
+    def tokens(self, prompts, seeds, config, closed):
+        for token in super().tokens(prompts, seeds, config, closed):
+            yield token if token.id is None else token._replace(entropy=-token.top[0][1] * np.exp(token.top[0][1]) if token.top else 0)
 
 
 @fails("nll_of_many_is_nll_of_each")
