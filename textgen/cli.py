@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'SETTINGS', 'Commands', 'program', 'complaint', 'main', 'read_changes', 'glance', 'headline', 'report',
            'suggestions', 'changed', 'begin', 'train', 'read_prompt', 'likelihoods', 'stream_of', 'written', 'deliver',
-           'open_model', 'with_settings', 'guessing', 'typed', 'seeds', 'generate']
+           'open_model', 'recording', 'with_settings', 'guessing', 'typed', 'seeds', 'generate']
 
 # %% ../nbs/14_cli.ipynb #97529a03
 import contextlib
@@ -173,9 +173,7 @@ def suggestions(folder: Path, prompt: str) -> Iterator[str]:
     "Lines to type: write more, from Python, and train on another text."
     asked = f" --prompt {shlex.quote(prompt)}" if prompt else ""
     yield f"  {program()} generate --model {shlex.quote(str(folder))}{asked}\n"
-    yield f"  {Path(program()).with_name('python')}"
-    yield "  >>> import textgen"
-    yield f"  >>> model = textgen.load({str(folder)!r})"
+    yield f"  {Path(program()).with_name('python')}\n  >>> import textgen\n  >>> model = textgen.load({str(folder)!r})"
     yield f"  >>> print(model.generate({prompt!r}, seed=1)[0].text)\n"
     again = "make demo DATA=my.txt" if Path("Makefile").is_file() else f"{program()} train demo --data my.txt"
     yield f"  {again}   # on a text of your own\n"
@@ -330,6 +328,17 @@ def open_model(path: str, **options):  # a TextGenerator
         typer.echo(f"model {path}", err=True)
     return load(path, **{name: value for name, value in options.items() if value is not None})
 
+
+@contextlib.contextmanager
+def recording(generator, receipt: Path | None) -> Iterator:  # of what streams
+    "The model, or one that leaves a receipt when all is written; raises UsageError."
+    from textgen.receipts import Recorder
+
+    yield (recorder := generator if receipt is None else Recorder(generator, receipt))
+    if receipt is not None:
+        recorder.save()
+        typer.echo(f"receipt in {receipt}; the same again: {program()} replay {shlex.quote(str(receipt))}", err=True)
+
 # %% ../nbs/14_cli.ipynb #fe46722b
 SETTINGS = {  # name: type, what --help says, and how it names the value
     "max_new_tokens": (int, "How many tokens to write at most."),
@@ -421,6 +430,7 @@ def generate(
     compile: Annotated[bool | None, Option(help="The compiled step: always or never; else where it pays.")] = None,
     lookup: Annotated[bool, Option("--lookup", help="The same text, faster where it repeats itself.")] = False,
     draft_model: Annotated[str | None, Option(metavar="RUN", help="The same text, guessed by a smaller model.")] = None,
+    receipt: Annotated[Path | None, Option(metavar="FILE", help="Save all it takes to write the text again.")] = None,
     **settings,
 ):
     """Continue a text.
@@ -431,9 +441,8 @@ def generate(
       textgen generate --model runs/demo --prompt "One day" --stop "." --top-p 0.9 --n 3
     """
     settings = {"seed": secrets.randbits(32)} | typed(settings)
-    options = {"device": device, "dtype": dtype, "compile": compile}
-    generator = open_model(model, **options)
+    generator = open_model(model, **(options := {"device": device, "dtype": dtype, "compile": compile}))
     if lookup or draft_model is not None:
         guessing(generator, lookup, draft_model, **options)
-    parts = written(generator, read_prompt(prompt), settings, hidden=output is not None)
-    deliver(parts, output, lambda: seeds(settings))
+    with recording(generator, receipt) as writer:
+        deliver(written(writer, read_prompt(prompt), settings, output is not None), output, lambda: seeds(settings))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REGISTRY', 'MODEL_TYPES', 'KINDS', 'TextgenError', 'UsageError', 'suggest', 'counted', 'GenerationConfig', 'parse',
            'uniforms', 'derive_seed', 'seed_everything', 'register', 'registered', 'resolve', 'newest_run',
-           'model_path', 'asked_generator', 'load', 'atomic_path']
+           'model_path', 'asked_generator', 'Origin', 'stamps', 'load', 'atomic_path']
 
 # %% ../nbs/00_core.ipynb #07afeb8a
 import contextlib
@@ -23,7 +23,7 @@ import uuid
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -188,9 +188,11 @@ REGISTRY = {
                 "mauve": "textgen.quality:mauve", "originality": "textgen.originality:originality_metric"},
     "commands": {"data": "textgen.data_commands:app", "export": "textgen.export:app",
                  "benchmark": "textgen.lstm_benchmark:app", "batch": "textgen.batch:app",
-                 "evaluate": "textgen.evaluation:app", "lm-eval": "textgen.harness:app"},
+                 "evaluate": "textgen.evaluation:app", "lm-eval": "textgen.harness:app",
+                 "replay": "textgen.replay:app"},
     "recipes": {"gpt": "textgen.recipe:TrainConfig", "rnn": "textgen.rnn_trainer:RNNConfig"},  # by generator
     "trainers": {"gpt": "textgen.processes:started", "rnn": "textgen.rnn_trainer:started"},
+    "receipts": {"generate": "textgen.receipts:generate"},  # what chapter 0a calls
 }
 # the model_type of a config.json, or what a file is -> the generator that reads it
 MODEL_TYPES = {"gpt2": "gpt", "llama": "gpt", "textgen": "gpt", "gguf": "gpt", "lstm": "rnn", "gru": "rnn",
@@ -198,7 +200,7 @@ MODEL_TYPES = {"gpt2": "gpt", "llama": "gpt", "textgen": "gpt", "gguf": "gpt", "
 
 
 def register(
-    kind: str,  # "generators", "tokenizers", "metrics", "commands", "recipes" or "trainers"
+    kind: str,  # "generators", "tokenizers", "metrics", "commands", "recipes", "trainers", "receipts"
     name: str,  # a new name, or one to replace
     target,  # "module:Class", or the object itself
 ):
@@ -275,14 +277,35 @@ def asked_generator(
     return (name, rest) if asked else ("", path)
 
 # %% ../nbs/00_core.ipynb #4ec183df
+class Origin(NamedTuple):
+    "Where a model was loaded from: enough to load it again, and to notice that it or its files have changed."
+    name: str  # as `load` was asked for it; of a kind such as "lstm" the run that was found
+    here: bool  # it is a path of this machine; else a name on the hub
+    path: Path  # the directory or file
+    options: dict  # of the generator's `load`
+    files: dict  # of `stamps`, before they were read
+    state: object  # what the model said of its weights, just loaded
+
+
+def stamps(path: Path) -> dict[str, tuple[int, int]]:  # name -> bytes, time of the last change
+    "What changes when a file does, or one in a folder."
+    files = path.iterdir() if path.is_dir() else [path] if path.exists() else []
+    return {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()}
+
+# %% ../nbs/00_core.ipynb #31bc79f9
 def load(
     path,  # a run, any model directory in the Hugging Face layout, a .gguf file, or a model's name on the hub
     **options,  # of the generator's own `load`, such as device="cpu"
 ):  # a TextGenerator of the next chapter
     "Open a model for writing, by the generator that `hf:` or another name before it asks for; raises UsageError."
     name, rest = asked_generator(path)
-    path = model_path(rest)
-    return resolve("generators", name or _generator_for(path)).load(path, **options)
+    found = model_path(rest)
+    files, model = stamps(found), resolve("generators", name or _generator_for(found)).load(found, **options)
+    if hasattr(model, "origin"):
+        here = rest in KINDS or found == Path(rest)  # of a kind, another run may be the newest one tomorrow
+        asked = f"{name}:{found}".lstrip(":") if here else str(path)
+        model.origin = Origin(asked, here, found, options, files, model.about().get("state"))
+    return model
 
 
 def _generator_for(path: Path) -> str:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .choosing import choose, logprobs, settings_of
 from .core import GenerationConfig, TextgenError, UsageError, model_path, uniforms
-from .generator import TextGenerator, Token
+from .generator import Token
+from .gpt import InTorch
 from .hf import context_of, model_and_tokenizer
 from .penalties import History
 from .tokenizer import Tokenizer
@@ -150,7 +151,7 @@ def fill(
     draft.looks += 1
 
 # %% ../nbs/11a_masked.ipynb #d583a449
-class Masked(TextGenerator):
+class Masked(InTorch):
     "A masked language model that writes by filling gaps, again and again."
     honours = frozenset("temperature top_k top_p min_p logit_bias repetition_penalty presence_penalty "
                         "frequency_penalty logprobs overflow".split())
