@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from textgen.batch import claimed, told, write_batch
+from textgen.batch import claimed, digest, told, write_batch
 from textgen.cli import main
 from textgen.core import UsageError
 from textgen.decoder import Decoder, DecoderConfig
@@ -235,3 +235,14 @@ def test_stopped_says_what_to_type(number, work, monkeypatch):
     if number == signal.SIGINT:
         monkeypatch.chdir(work)
         assert main(shlex.split(found[2])[1:]) == 0 and len(lines_of(name)) == 300
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.keras", "config.json", "tokenizer.json"])
+def test_another_file_is_another_model(name, tmp_path):
+    "Whatever the framework that wrote it; what a run leaves beside the model does not count."
+    (tmp_path/name).write_bytes(b"one")
+    first = digest(tmp_path)
+    (tmp_path/"metrics.jsonl").write_text("{}")
+    assert digest(tmp_path) == first
+    (tmp_path/name).write_bytes(b"two")
+    assert digest(tmp_path) != first
