@@ -397,7 +397,7 @@ def visible(text: str) -> str:
 
 
 def shade(logprob: float | None) -> float:  # 0 where it was certain
-    "How dark a token is: linear in its surprise, up to 6 nats."
+    "How deep a token's shade is: linear in its surprise, up to 6 nats."
     return 0.0 if logprob is None else 0.6 * min(1.0, -logprob / 6)
 
 # %% ../nbs/09c_receipts.ipynb #bc7c8980
@@ -414,7 +414,7 @@ def numbers(token: dict) -> str:
 
 def span(text: str, logprob: float | None, line: str, title: str = "") -> str:
     "A piece of HTML, right in light and dark: the shade lies behind the page's own letters."
-    style = f"background:rgba(230,110,0,{shade(logprob):.2f});border-bottom:{line}"
+    style = f"background:rgba(230,110,0,{shade(logprob):.2f});border-bottom:{line};margin-right:1px"
     told = f' title="{html.escape(title)}"'.replace("\n", "&#10;") if title else ""
     return f'<span style="{style}"{told}>{text}</span>'
 
@@ -437,7 +437,7 @@ class Shown:
 def show_tokens(
     receipt: dict,
 ) -> Shown:
-    "A text, each token the darker the less probable it was, underlined by its rank."
+    "A text, each token in a deeper shade the less probable it was, underlined by its rank."
     tokens, prompt = receipt["tokens"], visible(receipt["prompt"]).replace("↵\n", "\n")
     sure = [math.exp(token["logprob"]) for token in tokens if token["logprob"] is not None]
     shades = [span(f" {share:.0%} ", math.log(share), LINES[0][1]) for share in (0.9, 0.5, 0.1, 0.01)]
