@@ -552,7 +552,7 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("line", ["replay long.json", "generate --model gpt --prompt a --max-new-tokens 1000000 --overflow slide --receipt new.json"])
+@pytest.mark.parametrize("line", ["replay long.json", "generate --model gpt --prompt a --max-new-tokens 1000000 --overflow slide --receipt never.json"])
 def test_ctrl_c_ends_it(line, desk, receipt):
     "With one line, exit code 130, and no receipt of half a text."
     (desk/"long.json").write_text(as_json(copied(receipt, settings={**receipt["settings"], "max_new_tokens": 10**6, "overflow": "slide"})))
@@ -562,7 +562,7 @@ def test_ctrl_c_ends_it(line, desk, receipt):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.splitlines()[-1] == "interrupted" and "Traceback" not in err
-    assert not (desk/"new.json").exists()
+    assert not (desk/"never.json").exists()
 
 
 def test_recurrent_models_need_no_torch(path_of, folder):
