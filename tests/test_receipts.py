@@ -7,7 +7,7 @@ import pytest
 import tokenizers as hf
 import torch
 import transformers
-from hypothesis import example, given, strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 import textgen
 from textgen.cli import main
@@ -16,7 +16,7 @@ from textgen.decoder import Decoder, DecoderConfig
 from textgen.generator import TextGenerator, Token
 from textgen.gpt import GPT
 from textgen.kernels import compiler
-from textgen.receipts import (FORMAT, Recorder, as_json, checked, digest, digests, read_receipts, replay, save_receipts, show_tokens,
+from textgen.receipts import (FORMAT, Recorder, Replay, as_json, checked, digest, digests, read_receipts, replay, save_receipts, show_tokens,
                               texts_of, visible)
 from textgen.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from textgen.tokenizer_io import HFTokenizer
@@ -117,19 +117,19 @@ def refused(*words):
 
 # Every kind of model
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_a_row_of_a_batch_replays_alone(model, settings):
+@pytest.mark.parametrize("asked", SETTINGS, ids=str)
+def test_a_row_of_a_batch_replays_alone(model, asked):
     "Through JSON, by the model that wrote it: the same tokens, numbers within rounding; and `receipt` changes no text."
-    settings = {"seed": 7, "max_new_tokens": 12, **settings}
-    made = model.generate(PROMPTS, receipt=True, **settings)
-    plain = model.generate(PROMPTS, **settings)
+    asked = {"seed": 7, "max_new_tokens": 12, **asked}
+    made = model.generate(PROMPTS, receipt=True, **asked)
+    plain = model.generate(PROMPTS, **asked)
     assert [(one.text, one.token_ids, one.seed, one.finish_reason) for one in made] == [(one.text, one.token_ids, one.seed, one.finish_reason) for one in plain]
     for number, one in enumerate(made):
         receipt = json.loads(json.dumps(one.receipt, allow_nan=False))
-        assert receipt == one.receipt == checked(receipt, "this") and receipt["prompt"] == PROMPTS[number // settings.get("n", 1)]
+        assert receipt == one.receipt == checked(receipt, "this") and receipt["prompt"] == PROMPTS[number // asked.get("n", 1)]
         assert (receipt["text"], receipt["token_ids"], receipt["seed"]) == (one.text, one.token_ids, one.seed)
         assert receipt["settings"]["n"] == 1 and receipt["settings"]["seed"] == one.seed and receipt["tokens"][0]["rank"] >= 1
-        assert {len(token["top"]) for token in receipt["tokens"]} == {settings.get("logprobs", 5)}
+        assert {len(token["top"]) for token in receipt["tokens"]} == {asked.get("logprobs", 5)}
         found = replay(receipt, model)
         assert found.same and found.place is None and found.largest[0] < 1e-4 and not found.changes, str(found)
 
@@ -283,8 +283,9 @@ def test_damaged_receipts_are_refused(number, receipt, gpt):
 
 
 def test_what_cannot_be_replayed(receipt, gpt, path_of, tmp_path):
-    for settings, word in (({"temperature": -1}, "temperature"), ({"heat": 1}, "unknown key 'heat'")):
-        with refused(word): replay(copied(receipt, settings=settings), gpt)
+    for wrong, word in (({"temperature": -1}, "temperature"), ({"heat": 1}, "unknown key 'heat'")):
+        with refused(word): replay(copied(receipt, settings=wrong), gpt)
+    with refused("cannot be opened with {'speed': 3}"): replay(copied(receipt, model={**receipt["model"], "options": {"speed": 3}}))
     nowhere = copied(receipt, model={**receipt["model"], "name": "runs/gone"})
     with refused("'runs/gone' is not there", "--model"): replay(nowhere)
     assert replay(nowhere, path_of("gpt")).same
@@ -298,6 +299,28 @@ def test_what_cannot_be_replayed(receipt, gpt, path_of, tmp_path):
 def test_any_json_is_answered_in_one_line(values):
     with pytest.raises(UsageError) as caught: checked(values, "this")
     assert "\n" not in str(caught.value)
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from([1e9, -1e9, "7", "-0.5"]),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2), max_leaves=4)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=400)
+@given(st.data())
+def test_an_edited_value_is_refused_or_does_no_harm(receipt, data):
+    "Any value anywhere: one line says what is wrong, or it can be compared and shown."
+    other = copied(receipt)
+    where = data.draw(st.sampled_from(["", "tokens", "model", "versions", "beside"]))
+    inside = {"": other, "model": other["model"], "versions": other["versions"], "tokens": other["tokens"][3], "beside": other["tokens"][3]["top"][1]}[where]
+    key = data.draw(st.sampled_from([*(range(3) if where == "beside" else inside)]))
+    inside[key] = data.draw(JSON)
+    try: found = checked(other, "this")
+    except UsageError as error: return check_line(error)
+    assert str(Replay(found, receipt)) and str(Replay(receipt, found)) and show_tokens(found)._repr_html_()
+    json.dumps(found)
+
+
+def check_line(error): assert "\n" not in str(error) and len(str(error)) < 1000
 
 
 # What is in the files
@@ -367,6 +390,21 @@ def test_a_model_that_tells_nothing():
     assert found.same and found.largest is None and found.changes == ["nothing says what is in the model's files"]
     assert replay(one.receipt, Recite("né!☃")).place == 3 and replay(one.receipt, Recite("n")).place == 1
     assert show_tokens(one.receipt)._repr_html_().count("title=") == 7
+
+
+class Saved(Recite):
+    "Counts how often it is saved."
+    saved = 0
+    def save(self, path):
+        self.saved += 1
+        Path(path).mkdir()
+        Path(path, "config.json").write_text("{}")
+
+
+def test_a_model_in_memory_is_saved_once_for_all_rows():
+    model = Saved("abc")
+    made = model.generate(["a"] * 9, n=2, receipt=True)
+    assert model.saved == 1 and {*made[0].receipt["model"]["files"]} == {"config.json"}
 
 
 class Infinite(Recite):
@@ -491,8 +529,8 @@ def desk(path_of, folder):
 
 def test_the_command_line_writes_what_python_does(desk, gpt, receipt):
     made, = read_receipts(desk/"one.json")
-    asked = lambda receipt: {name: value for name, value in receipt.items() if name != "model"}
-    assert asked(made) == asked(receipt) and made["model"] == {**receipt["model"], "name": "gpt"}
+    rest = lambda receipt: {name: value for name, value in receipt.items() if name != "model"}
+    assert rest(made) == rest(receipt) and made["model"] == {**receipt["model"], "name": "gpt"}
 
 
 def test_replay_says_the_same(desk):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'BESIDE', 'LINES', 'digest', 'decisive', 'folder_digests', 'digests', 'saved_digests', 'processor',
-           'versions', 'described', 'texts_of', 'finite', 'token_line', 'receipt_of', 'Recorder', 'recorded',
-           'generate', 'as_json', 'save_receipts', 'checked', 'read_receipts', 'differences', 'Replay',
-           'largest_difference', 'chance', 'parting', 'told_of', 'replay', 'opened', 'visible', 'shade', 'numbers',
-           'span', 'marked', 'Shown', 'show_tokens']
+           'versions', 'described', 'texts_of', 'token_line', 'receipt_of', 'Recorder', 'recorded', 'generate',
+           'as_json', 'save_receipts', 'checked', 'read_receipts', 'differences', 'Replay', 'largest_difference',
+           'chance', 'parting', 'told_of', 'replay', 'opened', 'visible', 'shade', 'numbers', 'span', 'marked', 'Shown',
+           'show_tokens']
 
 # %% ../nbs/09c_receipts.ipynb #f6a80b66
 import contextlib
@@ -24,11 +24,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from pydantic import create_model
+from pydantic import ConfigDict, Field, create_model
 
 from .core import (GenerationConfig, UsageError, asked_generator, atomic_path, counted, load, parse,
                           stamps)
@@ -98,13 +98,16 @@ def versions(model: TextGenerator) -> dict[str, str]:
 
 
 def described(model: TextGenerator) -> dict:
-    "A model for a receipt: where it is, its class, what is in its files, and what `about` says."
+    "What a receipt says of a model: where it is, its class and files, what `about` says; and of what computes it."
     about = {name: value for name, value in model.about().items() if name not in ("state", "libraries")}
     origin, kind = model.origin, type(model)
     options = {} if origin is None else json.loads(json.dumps(origin.options, default=str))
     name, here = (None, False) if origin is None else (origin.name, origin.here)
-    return {"name": name, "here": here, "options": options,
-            "generator": f"{kind.__module__}:{kind.__qualname__}", "files": digests(model), **about}
+    about = {"name": name, "here": here, "options": options, "generator": f"{kind.__module__}:{kind.__qualname__}",
+             "files": digests(model), **about}
+    fingerprint = getattr(model.tokenizer, "fingerprint", None)
+    return {"model": about, "tokenizer": fingerprint and fingerprint(), "versions": versions(model),
+            "platform": platform.platform(), "processor": processor()}
 
 # %% ../nbs/09c_receipts.ipynb #48a4b6e6
 def texts_of(
@@ -118,11 +121,6 @@ def texts_of(
     return [*texts[:-1], texts[-1] + stream.flush()] if texts else []
 
 
-def finite(x: float | None) -> float | None:
-    "JSON has no infinity."
-    return None if x is None or not math.isfinite(x) else float(x)
-
-
 def token_line(
     tokenizer,
     id: int,
@@ -131,6 +129,7 @@ def token_line(
 ) -> dict:
     "A token in a receipt."
     logprob, top, rank, entropy = likely or (None, None, None, None)
+    finite = lambda x: None if x is None or not math.isfinite(x) else float(x)  # JSON has no infinity
     beside = [[int(i), tokenizer.decode([i]), float(nats)] for i, nats in top or () if math.isfinite(nats)]
     return {"id": int(id), "text": text, "logprob": finite(logprob), "rank": None if rank is None else int(rank),
             "entropy": finite(entropy), "top": beside}
@@ -145,16 +144,16 @@ def receipt_of(
     ids: list[int],  # of the prompt, as the model saw it
     config: GenerationConfig,  # with all that was asked
     one: Generation,  # what was written
+    facts: dict,  # of `described`
 ) -> dict:  # of JSON's own types
     "Everything that it takes to write a text again, and to see whether it is the same."
     settings = json.loads(config.model_copy(update={"seed": one.seed, "n": 1}).model_dump_json())
-    texts, fingerprint = texts_of(model.tokenizer, ids, one.token_ids), getattr(model.tokenizer, "fingerprint", None)
+    texts = texts_of(model.tokenizer, ids, one.token_ids)
     likely = one.logprobs or [None] * len(texts)
     return {
         "receipt": FORMAT, "prompt": prompt, "prompt_ids": [int(i) for i in ids], "text": one.text,
         "token_ids": [int(i) for i in one.token_ids], "finish_reason": one.finish_reason, "seed": one.seed,
-        "settings": settings, "model": described(model), "tokenizer": fingerprint and fingerprint(),
-        "versions": versions(model), "platform": platform.platform(), "processor": processor(),
+        "settings": settings, **facts,
         "tokens": [token_line(model.tokenizer, *line) for line in zip(one.token_ids, texts, likely)],
     }
 
@@ -190,10 +189,10 @@ class Recorder:
 # %% ../nbs/09c_receipts.ipynb #8b637745
 def recorded(recorder: Recorder) -> list[Generation]:
     "The texts of a stream that has ended, each with its receipt."
-    made = collect(iter(recorder.seen), recorder.seeds)
+    made, facts = collect(iter(recorder.seen), recorder.seeds), described(recorder.model)
     for number, one in enumerate(made):
         prompt, ids = recorder.prompts[number // recorder.config.n], recorder.rows[number]
-        one.receipt = receipt_of(recorder.model, prompt, ids, recorder.config, one)
+        one.receipt = receipt_of(recorder.model, prompt, ids, recorder.config, one, facts)
     return made
 
 
@@ -213,10 +212,7 @@ def as_json(receipt: dict) -> str:
     return "{\n" + ",\n".join([*keys, f'  "tokens": [\n{tokens}\n  ]']) + "\n}"
 
 
-def save_receipts(
-    path,  # a file; what is there is replaced
-    receipts: list[dict],
-):
+def save_receipts(path, receipts: list[dict]):  # path: of a file; what is there is replaced
     "Write one receipt, or a list of several; raises TextgenError when the disk refuses."
     texts = [as_json(receipt) for receipt in receipts]
     text = texts[0] if len(texts) == 1 else "[\n" + ",\n".join(texts) + "\n]"
@@ -224,22 +220,21 @@ def save_receipts(
         temporary.write_bytes((text + "\n").encode("utf-8", "backslashreplace"))  # half a character: \udc80
 
 # %% ../nbs/09c_receipts.ipynb #d4b6dfd3
-_Number, _Ids = (float | None, ...), (list[int], ...)
-_Token = create_model("_Token", id=(int, ...), text=(str, ...), logprob=_Number, rank=(int | None, ...),
-                      entropy=_Number, top=(list[tuple[int, str, float]], ...))
-_Model = create_model("_Model", name=(str | None, ...), here=(bool, ...), options=(dict[str, Any], ...),
-                      generator=(str, ...), files=(dict[str, str], ...))
+_whole = ConfigDict(extra="allow", allow_inf_nan=False)
+_Nats, _Ids = Annotated[float, Field(le=0.01)], (list[int], ...)  # whose exponential is a probability, but for rounding
+_Token = create_model("_Token", __config__=_whole, id=(int, ...), text=(str, ...), logprob=(_Nats | None, ...),
+                      rank=(int | None, ...), entropy=(Annotated[float, Field(ge=-0.01, le=100)] | None, ...),
+                      top=(list[tuple[int, str, _Nats]], ...))
+_Model = create_model("_Model", __config__=_whole, name=(str | None, ...), here=(bool, ...), generator=(str, ...),
+                      options=(dict[str, Any], ...), files=(dict[str, str], ...))
 _Receipt = create_model(
-    "_Receipt", prompt=(str, ...), prompt_ids=_Ids, text=(str, ...), token_ids=_Ids,
+    "_Receipt", __config__=_whole, prompt=(str, ...), prompt_ids=_Ids, text=(str, ...), token_ids=_Ids,
     finish_reason=(Literal["stop", "length"], ...), seed=(int, ...), settings=(dict[str, Any], ...),
     model=(_Model, ...), tokenizer=(str | None, ...), versions=(dict[str, str], ...), platform=(str, ...),
     processor=(str, ...), tokens=(list[_Token], ...))
 
 # %% ../nbs/09c_receipts.ipynb #964765b6
-def checked(
-    values,  # what should be a receipt
-    where: str,  # named in the error
-) -> dict:  # the same; raises UsageError
+def checked(values, where: str) -> dict:  # where: for errors; returns values of the right types, raises UsageError
     "Make sure that a receipt is one, and whole."
     if not isinstance(values, dict) or "receipt" not in values:
         raise UsageError(f"{where} is no receipt of a text; one is made by textgen generate --receipt FILE.json")
@@ -249,7 +244,10 @@ def checked(
     lines = parse(_Receipt, values, f"{where} is damaged")
     if [token.id for token in lines.tokens] != lines.token_ids:
         raise UsageError(f"{where} is damaged: its tokens are not those of token_ids; make it again")
-    return values
+    found = lines.model_dump()
+    for token in found["tokens"]:
+        token["top"] = [list(beside) for beside in token["top"]]
+    return found
 
 
 def read_receipts(path) -> list[dict]:  # raises UsageError
@@ -380,7 +378,10 @@ def opened(name, here: bool, options: dict) -> TextGenerator:
         raise UsageError("the receipt's model was in memory only, and has no name; give one by --model, or model=")
     if here and not Path(asked_generator(name)[1]).exists():  # and nobody asks the hub for it
         raise UsageError(f"the receipt's model {name!r} is not there; say where it is by --model, or model=")
-    return load(name, **options)
+    try:
+        return load(name, **options)
+    except TypeError as error:
+        raise UsageError(f"the model {str(name)!r} cannot be opened with {options}: {error}") from None
 
 # %% ../nbs/09c_receipts.ipynb #f95e2c88
 LINES = [(1, "2px solid transparent", "rank 1"), (5, "2px dotted", "to 5"), (20, "2px dashed", "to 20"),
@@ -434,9 +435,7 @@ class Shown:
     __repr__ = lambda self: self.plain
 
 
-def show_tokens(
-    receipt: dict,
-) -> Shown:
+def show_tokens(receipt: dict) -> Shown:
     "A text, each token in a deeper shade the less probable it was, underlined by its rank."
     tokens, prompt = receipt["tokens"], visible(receipt["prompt"]).replace("↵\n", "\n")
     sure = [math.exp(token["logprob"]) for token in tokens if token["logprob"] is not None]
