@@ -260,7 +260,7 @@ def test_ranks_are_places(model):
     rows = [[model.start_id, *model.tokenizer.encode(text)][:24] for text in TEXTS[:5]]
     for row, (nats, places) in zip(rows, model.surprises(rows, ranks=True)):
         with torch.no_grad(): logits = model.decoder(torch.tensor([row[:-1]]))[0]
-        wanted = [1 + (scores > scores[i]).sum().item() for scores, i in zip(logits, row[1:])]
+        wanted = [1 + (scores > scores[i]).sum().item() + (scores[:i] == scores[i]).sum().item() for scores, i in zip(logits, row[1:])]
         assert places.tolist() == wanted and np.array_equal(nats, model.surprises([row])[0])
 
 

@@ -180,19 +180,18 @@ def seed_everything(
 REGISTRY = {
     "generators": {"gpt": "textgen.gpt:GPT", "rnn": "textgen.rnn:RNN", "hf": "textgen.hf:HF",
                    "masked": "textgen.masked:Masked"},
-    "tokenizers": {},
-    "metrics": {"bleu": "textgen.quality:bleu", "chrf": "textgen.quality:chrf",
+    "tokenizers": {}, "receipts": {"generate": "textgen.receipts:generate"},  # what chapter 0a calls
+    "metrics": {"bleu": "textgen.quality:bleu", "chrf": "textgen.quality:chrf", "zipf": "textgen.quality:zipf",
                 "self-bleu": "textgen.quality:self_bleu", "distinct": "textgen.quality:distinct",
-                "repetition": "textgen.quality:repetition", "zipf": "textgen.quality:zipf",
-                "lengths": "textgen.quality:lengths", "grammar": "textgen.quality:grammar",
-                "mauve": "textgen.quality:mauve", "originality": "textgen.originality:originality_metric"},
+                "repetition": "textgen.quality:repetition", "lengths": "textgen.quality:lengths",
+                "grammar": "textgen.quality:grammar", "mauve": "textgen.quality:mauve",
+                "originality": "textgen.originality:originality_metric"},
     "commands": {"data": "textgen.data_commands:app", "export": "textgen.export:app",
                  "benchmark": "textgen.lstm_benchmark:app", "batch": "textgen.batch:app",
                  "evaluate": "textgen.evaluation:app", "lm-eval": "textgen.harness:app",
                  "replay": "textgen.replay:app"},
     "recipes": {"gpt": "textgen.recipe:TrainConfig", "rnn": "textgen.rnn_trainer:RNNConfig"},  # by generator
     "trainers": {"gpt": "textgen.processes:started", "rnn": "textgen.rnn_trainer:started"},
-    "receipts": {"generate": "textgen.receipts:generate"},  # what chapter 0a calls
 }
 # the model_type of a config.json, or what a file is -> the generator that reads it
 MODEL_TYPES = {"gpt2": "gpt", "llama": "gpt", "textgen": "gpt", "gguf": "gpt", "lstm": "rnn", "gru": "rnn",

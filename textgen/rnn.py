@@ -20,7 +20,7 @@ import numpy as np
 from .constrained import Constraint
 from .core import GenerationConfig, TextgenError, UsageError, parse, uniforms
 from .generator import TextGenerator, Token, device_named
-from .loop import TURNS, layers_of, reader, settings_of, tables, tensors, writer
+from .loop import TURNS, layers_of, likely, reader, settings_of, tables, tensors, writer
 from .lstm import RNNShape, build_network, load_tensorflow, no_state
 from .model_files import generation_config, new_files, read_generation_config, read_object, write_object
 from .tokenizer import Tokenizer
@@ -273,8 +273,8 @@ def scorer(network, ranks: bool = False):  # a compiled function, for batches of
         logits, *states = network([ids, *states], training=False)
         found = [tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits := tf.cast(logits, tf.float32))]
         if ranks:
-            likelier = logits > tf.gather(logits, targets[..., None], batch_dims=2)
-            found.append(1 + tf.reduce_sum(tf.cast(likelier, tf.float32), 2))
+            places = likely(tf.reshape(logits, [-1, logits.shape[-1]]), tf.reshape(targets, [-1]), 0)[3]
+            found.append(tf.cast(tf.reshape(places, tf.shape(targets)), tf.float32))
         return tf.stack(found, 1), *states
 
     return tf.function(score, input_signature=[ids, ids, *[state] * (len(network.inputs) - 1)], autograph=False)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from . import choosing
 from .core import UsageError
 from .rows import windows
 from .slots import evaluating, padded
@@ -18,7 +19,7 @@ from .slots import evaluating, padded
 def judged(logits, targets, ranks: bool) -> list[np.ndarray]:  # (B, T, V), (B, T) -> nats (B, T), and ranks (B, T)
     "How surprising each target is, and its place."
     nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
-    found = [nats, (logits > logits.gather(2, targets[..., None])).sum(2) + 1] if ranks else [nats]
+    found = [nats, choosing.ranks(logits.flatten(0, 1), targets.flatten()).view(targets.shape)] if ranks else [nats]
     return [x.cpu().numpy() for x in found]
 
 # %% ../nbs/06f_scoring.ipynb #13660078

@@ -301,12 +301,10 @@ class Source:
 
     def blocks(self, split: str) -> Iterator[Block]:
         "The documents of a split, or of all of them, in blocks; raises UsageError."
-        if split == "all":
-            return (block for part in self.files for block in _kept(self, part))
-        if split not in self.splits:
+        if split not in (*self.splits, "all"):
             raise UsageError(f"{self.name} has no split {split!r}; {suggest(split, self.splits)}")
-        if split in self.files:
-            return _kept(self, split)
+        if split == "all" or split in self.files:
+            return (block for part in (self.files if split == "all" else [split]) for block in _kept(self, part))
         return cut(_kept(self, ""), int(self._characters * (1 - self.val_fraction)), behind=split == "validation")
 
     @functools.cached_property
