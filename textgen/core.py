@@ -189,7 +189,7 @@ REGISTRY = {
     "commands": {"data": "textgen.data_commands:app", "export": "textgen.export:app",
                  "benchmark": "textgen.lstm_benchmark:app", "batch": "textgen.batch:app",
                  "evaluate": "textgen.evaluation:app", "lm-eval": "textgen.harness:app",
-                 "replay": "textgen.replay:app"},
+                 "replay": "textgen.replay:app", "measure": "textgen.measurement:app"},
     "recipes": {"gpt": "textgen.recipe:TrainConfig", "rnn": "textgen.rnn_trainer:RNNConfig"},  # by generator
     "trainers": {"gpt": "textgen.processes:started", "rnn": "textgen.rnn_trainer:started"},
 }
