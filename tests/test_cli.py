@@ -359,3 +359,10 @@ def test_several_interrupted_show_what_there_is(capsys):
     parts = written(Stopped(), "It", {"n": 3, "seed": 1})
     with pytest.raises(KeyboardInterrupt): deliver(parts, None, lambda: "1")
     assert capsys.readouterr() == ("[1]\nIt sat\n\n[2]\nIt ran off\n\n[3]\nIt\n", "seed 1\n")
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_evaluate_replaces_no_folder(option, tmp_path, capsys):
+    (tmp_path/"kept").mkdir()
+    assert main(["evaluate", "--model", "m", "--data", "stories", option, str(tmp_path/"kept")]) == 2
+    assert "is a directory" in capsys.readouterr().err and (tmp_path/"kept").is_dir()

@@ -146,8 +146,8 @@ def command(
     stride: Annotated[int | None, Option(min=1, help="Tokens that a further window scores.")] = None,
     documents: Annotated[int | None, Option(min=1, help="Read so many documents only.")] = None,
     lines: Annotated[bool, Option("--lines", help="Each line of a text file is a document.")] = False,
-    json_path: Annotated[Path | None, Option("--json", metavar="FILE", help="Save all figures.")] = None,
-    plot: Annotated[Path | None, Option(metavar="FILE.png", help="Draw them.")] = None,
+    json_path: Annotated[Path | None, Option("--json", metavar="FILE", dir_okay=False, help="Save all.")] = None,
+    plot: Annotated[Path | None, Option(metavar="FILE.png", dir_okay=False, help="Draw them.")] = None,
     device: Annotated[str | None, Option(help="cpu, cuda, cuda:1, mps or auto.")] = None,
     dtype: Annotated[str | None, Option(help="Weights as float32, bfloat16, float16, int8 or auto.")] = None,
 ):
