@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from textgen import benchmark
-from textgen.benchmark import AT_MOST, TARGETS, check_same, files_for, read_batches, read_names, tables, targets
+from textgen import benchmark, figures
+from textgen.benchmark import AT_MOST, TARGETS, find_targets, read_batches, tables
 from textgen.core import TextgenError, UsageError
+from textgen.figures import check_same, files_for, machine, missing, read_names, revision
 from textgen.peers import BYTES, CONTESTANTS, SHAPES, Contestant, Lost, Runner, open_textgen, random_model
 from textgen.rounds import (Memory, Plan, compare, difference, measure, middle_ratio, peer_of, take_turn,
                              weights_read)
@@ -142,11 +143,11 @@ def test_every_target_names_what_is_measured():
     results = {"figures": {}, "workloads": {}}
     for (title, row), wanted in TARGETS.items():
         (results["workloads"] if title == "workloads" else results["figures"].setdefault(title, {}))[row] = dict.fromkeys(wanted, 0.0)
-    found = targets(results)
+    found = find_targets(results)
     assert len(found) == sum(map(len, TARGETS.values()))
     assert {name.rpartition(", ")[2] for name, one in found.items() if one["met"]} == AT_MOST   # nothing is little
     waits = {"batching, gpt2": {"one after another ×": 9, "longest wait of its share %": 101}}
-    assert [one["met"] for one in targets({"workloads": waits}).values()] == [True, False]
+    assert [one["met"] for one in find_targets({"workloads": waits}).values()] == [True, False]
 
 
 def test_whom_each_is_compared_with():
@@ -199,7 +200,7 @@ def test_no_graphics_card_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     results = {}
     measure(Plan(["gpt2"], [1], device="cuda", contestants=[Contestant("textgen CUDA", dying)]), results)
-    assert all("no graphics card" in one["why"] for one in targets(results).values()) and len(targets(results)) == 3
+    assert all("no graphics card" in one["why"] for one in find_targets(results).values()) and len(find_targets(results)) == 3
     assert "no graphics card" in next(tables(results))
 
 
@@ -240,14 +241,14 @@ def half_done(names, shape, rounds, results, tell):
 
 def test_a_fault_in_the_middle_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "measure_workloads", half_done)
-    with pytest.raises(TextgenError, match="no room"): benchmark.run(["prefix", "batching"], Plan(["tiny"]), tmp_path/"x")
+    with pytest.raises(TextgenError, match="no room"): benchmark.run(["prefix", "batching"], Plan(["tiny"]), tmp_path/"x", {})
     assert "nothing shared ×" in capsys.readouterr().out
     assert json.loads((tmp_path/"x.json").read_text(encoding="utf-8"))["workloads"]["prefix, tiny"]["nothing shared ×"] == 2
 
 
 def test_a_full_disk_keeps_what_was_measured_on_the_screen(tmp_path, monkeypatch, capsys):
     def full(path): raise TextgenError(f"could not write {path}: No space left on device; free some space")
-    monkeypatch.setattr(benchmark, "atomic_path", full)
+    monkeypatch.setattr(figures, "atomic_path", full)
     results = {"workloads": {"prefix, tiny": {"rounds": {"nothing shared ×": [2.0]}, "nothing shared ×": 2.0}}}
     with pytest.raises(TextgenError, match="No space left"): benchmark.report([], results, tmp_path/"x.json", tmp_path/"x.png")
     assert "nothing shared ×" in capsys.readouterr().out
@@ -257,6 +258,54 @@ def test_figures_that_are_there_are_not_replaced_by_none(tmp_path, monkeypatch, 
     (tmp_path/"x.json").write_text("{}")
     benchmark.report([], {"figures": {"tiny, batch 1": {"textgen int8": {"lost": "no"}}}}, tmp_path/"x.json", tmp_path/"x.png")
     assert (tmp_path/"x.json").read_text() == "{}" and "nothing is saved" in capsys.readouterr().out
+
+
+# Where figures come from
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    "A package in a checkout of its own, and git to work on it."
+    import textgen
+    (tmp_path/"textgen").mkdir()
+    (tmp_path/"textgen/__init__.py").write_text("x = 1\n")
+    monkeypatch.setattr(textgen, "__file__", str(tmp_path/"textgen/__init__.py"))
+    return lambda *words: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", tmp_path, *words],
+                                         capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_the_revision_is_that_of_the_package(checkout, tmp_path):
+    "Not that of somebody else's checkout in which it happens to lie; a change of a file is seen, a new file is none."
+    assert revision() is None
+    checkout("init", "-q")
+    assert revision() is None
+    checkout("add", "textgen")
+    checkout("commit", "-q", "-m", "one")
+    (tmp_path/"benchmark.json").touch()
+    assert revision() == {"commit": checkout("rev-parse", "HEAD"), "changed": False}
+    (tmp_path/"textgen/__init__.py").write_text("x = 2\n")
+    assert revision()["changed"] is True
+
+
+def test_without_git_there_is_no_revision(checkout, monkeypatch):
+    checkout("init", "-q")
+    checkout("add", "textgen")
+    monkeypatch.setenv("PATH", "")
+    assert revision() is None
+
+
+def test_what_a_file_says_of_its_making():
+    found = machine(2, "textgen benchmark generate --quick", weights=0, prompts=[1, 16])
+    assert {"command", "date", "revision", "processor", "cores", "threads", "memory MB", "system", "python", "versions", "seeds"} <= found.keys()
+    assert found["threads"] == 2 and found["seeds"] == {"weights": 0, "prompts": [1, 16]} and re.fullmatch(r"[\d-]{10}T[\d:]{8}\+00:00", found["date"])
+    assert {"textgen", "numpy", "torch", "transformers"} <= found["versions"].keys() and json.loads(json.dumps(found)) == found
+
+
+def test_what_is_missing_is_named_with_its_line():
+    lost = {"lost": 'not installed (llama_cpp); pip install "textgen[peers]"'}
+    other = {"lost": "not installed (tiktoken); pip install tiktoken"}
+    figures = {"tiny, batch 1": {"llama.cpp q8_0": lost, "CTranslate2 int8": lost, "dead": {"lost": "its process died"}}, "prepare": {"tiktoken, 2 threads": other}}
+    assert [*missing({"figures": figures})] == ['missing CTranslate2, llama.cpp; to have them measured: pip install "textgen[peers]"',
+                                                "missing tiktoken; to have them measured: pip install tiktoken"]
 
 
 # The command
@@ -272,6 +321,7 @@ def test_the_command(tmp_path):
     assert re.fullmatch(r"(turn \d+ of \d+: .*\n)*", done.stderr)   # one each half minute, where it is that slow
     assert all(one.name in done.stdout for one in CONTESTANTS) and "one after another ×" in done.stdout
     results = json.loads((tmp_path/"out/figures.json").read_text(encoding="utf-8"))
+    assert results["machine"]["command"] == "textgen benchmark generate --only figures,batching --quick"
     entries = results["figures"]["tiny, batch 1"]
     assert list(entries) == [one.name for one in CONTESTANTS] and results["machine"]["versions"]["torch"]
     for entry in entries.values():

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("tensorflow", reason="needs the extra lstm")
 from textgen import lstm_benchmark, ways
-from textgen.benchmark import check_same, draw_table, targets
+from textgen.figures import check_same, draw_table, targets
 from textgen.cli import main
 from textgen.core import TextgenError
 from textgen.lstm import RNNShape
@@ -263,7 +263,7 @@ def test_ctrl_c_keeps_what_was_measured(number, few, tmp_path, monkeypatch, caps
 def test_nothing_measured_nothing_saved(few, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lstm_benchmark, "PARTS", {"write": [Contestant("textgen XLA", int)]})
     monkeypatch.setattr(lstm_benchmark, "AGAINST", {"write": []})
-    lstm_benchmark.run(["write"], quick_effort(), tmp_path/"out")
+    lstm_benchmark.run(["write"], quick_effort(), tmp_path/"out", {})
     out = " ".join(capsys.readouterr().out.split())
     assert "TypeError" in out and "nothing was measured, and nothing is saved" in out and "? 1000" in out and "0 of 2 met" in out
     assert not (tmp_path/"out/lstm.json").exists()

@@ -212,7 +212,7 @@ def test_a_loss_that_is_no_number_loses_only_itself(effort, monkeypatch):
 
 def test_missing_text_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TEXTGEN_DATA", "")
-    training.run(["speed", "peer", "shakespeare"], Effort(root=str(tmp_path/"data")), tmp_path/"out")
+    training.run(["speed", "peer", "shakespeare"], Effort(root=str(tmp_path/"data")), tmp_path/"out", {})
     said = " ".join(capsys.readouterr().out.split())
     assert "shakespeare is not at hand" in said and "nothing was measured" in said and "? 1.898" in said and not (tmp_path/"out/train.json").exists()
 

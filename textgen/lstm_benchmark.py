@@ -23,13 +23,13 @@ import numpy as np
 import typer
 from typer import Option
 
-from .benchmark import check_same, count_targets, draw_table, files_for, keep, machine, progress, read_names
-from .benchmark import reporting, show, target_table, targets
+from .benchmark import app
 from .core import TextgenError, atomic_path
+from .figures import check_same, command_line, count_targets, draw_table, files_for, keep, machine, progress
+from .figures import read_names, reporting, show, target_table, targets
 from .lstm import RNNShape, load_tensorflow, quiet
 from .peers import Contestant, Lost, Runner
 from .rounds import difference, middle_ratio, open_all, turns
-from .training import app
 from .ways import LETTERS, WINDOW, numpy_step, open_fit, open_numpy, open_one_step, open_ours, open_predict
 from .ways import open_steps, open_torch, open_torch_steps, read_arrays, write_model
 
@@ -330,14 +330,22 @@ def confined(threads: int):
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
-
-def run(parts: list[str], effort: Effort, folder: Path, judged: bool = True):  # parts of PARTS
+# %% ../nbs/14i_lstm_benchmark.ipynb #a23047a3
+def run(
+    parts: list[str],  # of PARTS
+    effort: Effort,
+    folder: Path,
+    results: dict,  # to be filled
+    command: str = "",  # that asked for it
+    judged: bool = True,
+):
     "Measure, and report whatever comes in between; raises TextgenError where programs disagree."
     count = sum(len(PARTS[part]) * (effort.starts if part == "first-call" else effort.rounds + 1) for part in parts)
     with confined(effort.threads):
         load_tensorflow()  # or say at once that it is not installed
         files = files_for(folder / f"{effort.shape.cell}.json")
-        results = {"shape": effort.shape.model_dump(), "machine": machine(effort.threads)}
+        results["shape"] = effort.shape.model_dump()
+        results["machine"] = machine(effort.threads, command, prompts=0, texts="from 0")
         with reporting(lambda: report(results, *files, judged)), progress(count) as tell:
             measure(parts, effort, results, tell)
     check_same(results)
@@ -346,6 +354,7 @@ def run(parts: list[str], effort: Effort, folder: Path, judged: bool = True):  #
 # %% ../nbs/14i_lstm_benchmark.ipynb #5c28df7e
 @app.command()
 def lstm(
+    context: typer.Context,
     rounds: Annotated[int, Option(min=1, help="How often each has its turn.")] = 5,
     threads: Annotated[int, Option(min=1, help="Cores for each.")] = 1,
     only: Annotated[str | None, Option(metavar="NAMES", help=f"Parts of it: {', '.join(PARTS)}.")] = None,
@@ -361,5 +370,5 @@ def lstm(
       textgen benchmark lstm --only write,batch
     """
     parts = [*PARTS] if only is None else read_names(only, PARTS, "--only")
-    plain = Effort(RNNShape(cell=cell), rounds, threads)
-    run(parts, quick_effort(cell, threads) if quick else plain, output, judged=not quick and cell == "lstm")
+    effort = quick_effort(cell, threads) if quick else Effort(RNNShape(cell=cell), rounds, threads)
+    run(parts, effort, output, {}, command_line(context), judged=not quick and cell == "lstm")
