@@ -12,7 +12,7 @@ from textgen.benchmark import AT_MOST, TARGETS, find_targets, read_batches, tabl
 from textgen.core import TextgenError, UsageError
 from textgen.figures import check_same, files_for, machine, missing, read_names, revision
 from textgen.peers import BYTES, CONTESTANTS, SHAPES, Contestant, Lost, Runner, open_textgen, random_model
-from textgen.rounds import (Memory, Plan, compare, difference, measure, middle_ratio, peer_of, take_turn,
+from textgen.rounds import (Memory, Plan, compare, difference, interval, measure, note, peer_of, ratios, take_turn,
                              weights_read)
 from textgen.workloads import WORKLOADS, measure_workloads
 
@@ -125,7 +125,30 @@ def test_figures_are_medians_of_ratios_and_shares():
     assert ours["tokens/s"] == 9 and ours["transformers ×"] == 3 and "CTranslate2 ×" not in ours   # the medians of 10, 2, 9 and of 10, 1, 3
     assert ours["sampling adds %"] == pytest.approx(12.5)                                          # of 1.25 and 1
     assert ours["roofline %"] == pytest.approx(100 * 3 / 2 * weights_read("tiny", "float32") / 1e9) and ours["read GB/s"] == 2   # of 10, 1, 3
-    assert middle_ratio([4.0], [2.0, 1.0]) == 2
+    assert ours["interval tokens/s"] == [2, 10] and ours["interval transformers ×"] == [1, 10] and ratios([4.0], [2.0, 1.0]) == [2]
+
+
+@pytest.mark.parametrize("count, outer", [(1, 0), (5, 0), (6, 0), (8, 0), (9, 1), (12, 2), (17, 4), (25, 7)])
+def test_intervals_are_those_of_the_tables(count, outer):
+    "How many of so many values lie outside on each side, at 95%, as in Conover's table of the binomial distribution."
+    values = [float(7 * n % count) for n in range(count)]
+    assert interval(values) == [outer, count - 1 - outer] if count % 7 else True
+    assert interval([3.0] * count) == [3, 3] and interval(values, 0.0)[0] >= interval(values)[0]
+
+
+def test_a_figure_is_shown_with_the_farther_end():
+    entry = {}
+    note(entry, "tokens/s", [100.0])
+    assert entry == {"tokens/s": 100}
+    note(entry, "tokens/s", [100.0, 120, 101, 99, 98, 102])
+    assert entry == {"tokens/s": 100.5, "interval tokens/s": [98, 120]}
+    wanted = {"it: ours, tokens/s": {"wanted": 90, "met": True}}
+    cells = lambda one: [cell for column in figures.draw_table("it", {"ours": one}, ["tokens/s"], wanted).columns for cell in column.cells]
+    assert cells(entry) == ["ours", "[green]100 ±20 ≥ 90[/]"] and cells({"tokens/s": 100.5}) == ["ours", "[green]100 ≥ 90[/]"]
+    assert [figures.shown(value, ends=ends) for value, ends in [(0.123, [0.12, 0.124]), (12345.0, [12000.0, 12346.0]), (2.0, [2.0, 2.0])]] == \
+        ["0.123 ±0.003", "12,345 ±345", "2 ±0"]
+    found = figures.targets({"figures": {"it": {"ours": entry}}}, {("it", "ours"): {"tokens/s": 90}}, set())
+    assert found["it: ours, tokens/s"] == {"wanted": 90, "measured": 100.5, "interval": [98, 120], "met": True}
 
 
 @pytest.mark.parametrize("shape", ["char", "tiny"])

@@ -220,10 +220,10 @@ def test_missing_text_says_so(tmp_path, monkeypatch, capsys):
 def test_steps_are_a_share_of_the_peers_time(effort, monkeypatch):
     "By how many steps one of the peer's is worth, at most; where seconds are given, by the time of a step."
     from textgen.training import Row, steps_for
-    monkeypatch.setattr(training, "step_of", lambda part, effort: (0.02, 1.3))
+    monkeypatch.setattr(training, "step_of", lambda part, effort: (0.02, [1.2, 1.3, 1.5]))
     assert steps_for(Row(PLAY, "peer", "peer"), replace(effort, peer_steps=2000)) == {"steps": 2000, "planned s": 40}
     found = steps_for(Row(PLAY, "shakespeare", "shakespeare, T/6", 1 / 6), replace(effort, peer_steps=2000))
-    assert found == {"steps": 433, "planned s": pytest.approx(8.66), "peer ×": pytest.approx(2600 / 433)} and found["peer ×"] >= 6
+    assert found == {"steps": 433, "planned s": pytest.approx(8.66), "peer ×": pytest.approx(2600 / 433), "interval peer ×": pytest.approx([2400 / 433, 3000 / 433])} and found["peer ×"] >= 6
     assert steps_for(Row(PLAY, "shakespeare", "shakespeare, T", 1), replace(effort, peer_steps=10))["peer ×"] == 1
     assert steps_for(Row(WIKI, "wikitext2", "wikitext2"), replace(effort, seconds=100, fill=0.5)) == {"steps": 2500, "planned s": 50}
 

@@ -66,7 +66,8 @@ def workload_table(
     table = Table("workload", "against", "", title="workloads", title_justify="left")
     for row, entry in entries.items():
         for key in entry["rounds"]:
-            table.add_row(row, key, shown(entry.get(key), wanted.get(f"workloads: {row}, {key}")))
+            aim, ends = wanted.get(f"workloads: {row}, {key}"), entry.get(f"interval {key}")
+            table.add_row(row, key, shown(entry.get(key), aim, ends=ends))
         for said in remarks(entry):
             table.add_row(row, escape(said))
     return table
@@ -216,7 +217,7 @@ def generate(
     context: typer.Context,
     models: Annotated[str, Option(metavar="NAMES", help=f"Of {', '.join(SHAPES)}.")] = ",".join(SHAPES),
     batch: Annotated[str, Option(metavar="NUMBERS", help="How many texts at once.")] = "1,16",
-    rounds: Annotated[int, Option(min=1, help="How often each has its turn.")] = 5,
+    rounds: Annotated[int, Option(min=1, help="How often each has its turn.")] = 6,
     threads: Annotated[int, Option(min=1, help="Cores for each.")] = 1,
     only: Annotated[str | None, Option(metavar="NAMES", help=f"Parts of it: {', '.join(PARTS)}.")] = None,
     quick: Annotated[bool, Option("--quick", help="One text of the tiny model, two rounds.")] = False,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'app', 'revision', 'command_line', 'processor', 'versions', 'memory_size', 'machine', 'why_not', 'targets',
-           'count_targets', 'shown', 'remarks', 'all_remarks', 'draw_table', 'target_table', 'missing', 'progress',
-           'reporting', 'check_same', 'files_for', 'show', 'keep', 'read_names']
+           'count_targets', 'number', 'shown', 'remarks', 'all_remarks', 'draw_table', 'target_table', 'missing',
+           'progress', 'reporting', 'check_same', 'files_for', 'show', 'keep', 'read_names']
 
 # %% ../nbs/14f_figures.ipynb #a6045807
 import contextlib
@@ -120,6 +120,7 @@ def targets(
             for key, limit in wanted.items():
                 value = held[title].get(row, {}).get(key)
                 one = found[f"{title}: {row}, {key}"] = {"wanted": limit, "measured": value}
+                one |= {"interval": ends} if (ends := held[title].get(row, {}).get(f"interval {key}")) else {}
                 if value is None:
                     one["why"] = why_not(held[title], row, key)
                 else:
@@ -133,11 +134,18 @@ def count_targets(wanted) -> str:  # a line
     return f"targets {met} of {len(wanted)} met, {missed} missed, {len(wanted) - met - missed} not measured"
 
 # %% ../nbs/14f_figures.ipynb #e0ab56bc
-def shown(value: float | None, target: dict | None = None, digits: int = 3) -> str:
-    "A number as it stands in a table, coloured where it has a target."
+def number(value: float, digits: int) -> str:
+    "So many digits of a number, or all that stand before its point."
+    return f"{value:,.0f}" if abs(value) >= 10 ** min(digits, 3) / 10 else f"{value:.{digits}g}"
+
+
+def shown(value: float | None, target: dict | None = None, digits: int = 3, ends: list[float] | None = None) -> str:
+    "A number as it stands in a table, with its interval, coloured where it has a target."
     if value is None:
         return f"? {target['wanted']:g}" if target else ""
-    text = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
+    text = number(value, digits)
+    if ends:
+        text += f" ±{number(max(value - ends[0], ends[1] - value), 2)}"
     if target is None:
         return text
     sign = "≥" if value >= target["wanted"] else "<"
@@ -182,8 +190,9 @@ def draw_table(
     for column in columns:
         table.add_column(column, justify="right")
     for row, entry in entries.items():
-        cells = [shown(entry.get(column), wanted.get(f"{title}: {row}, {column}"), digits) for column in columns]
-        table.add_row(row, *cells)
+        aims = [wanted.get(f"{title}: {row}, {column}") for column in columns]
+        table.add_row(row, *(shown(entry.get(column), aim, digits, entry.get(f"interval {column}"))
+                             for column, aim in zip(columns, aims)))
     table.caption = escape("\n".join(all_remarks(entries))) or None
     return table
 
@@ -199,7 +208,7 @@ def target_table(
     table = Table("target", "", "", title="targets", title_justify="left")
     for name, one in wanted.items():
         said = {True: "[green]met[/]", False: "[red]missed[/]"}[one["met"]] if "met" in one else escape(one["why"])
-        table.add_row(name, shown(one["measured"], one, digits), said)
+        table.add_row(name, shown(one["measured"], one, digits, one.get("interval")), said)
     return table
 
 # %% ../nbs/14f_figures.ipynb #cf9b9884

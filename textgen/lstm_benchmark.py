@@ -29,7 +29,7 @@ from .figures import check_same, command_line, count_targets, draw_table, files_
 from .figures import read_names, reporting, show, target_table, targets
 from .lstm import RNNShape, load_tensorflow, quiet
 from .peers import Contestant, Lost, Runner
-from .rounds import difference, middle_ratio, open_all, turns
+from .rounds import difference, note, open_all, ratios, turns
 from .ways import LETTERS, WINDOW, numpy_step, open_fit, open_numpy, open_one_step, open_ours, open_predict
 from .ways import open_steps, open_torch, open_torch_steps, read_arrays, write_model
 
@@ -103,7 +103,7 @@ PARTS = {"write": WRITERS, "batch": WRITERS, "train": TRAINERS, "first-call": ST
 class Effort:
     "How much to measure."
     shape: RNNShape = field(default_factory=RNNShape)
-    rounds: int = 5
+    rounds: int = 6
     threads: int = 1
     count: int = 500  # characters of a text
     few: int = 25  # of the loop of `predict`; a fifth of it in a batch
@@ -235,13 +235,12 @@ def compare(results: dict):
     for part, entries in results.get("figures", {}).items():
         for name, entry in entries.items():
             for key in [key for key in entry if key.startswith("rounds ")]:
-                entry[key.removeprefix("rounds ")] = statistics.median(entry[key])
-            if "ms" in entry:
-                entry["characters/s"] = 1000 * entry["characters"] / entry["ms"]
+                note(entry, key.removeprefix("rounds "), entry[key])
+            if rounds := entry.get("rounds ms"):
+                note(entry, "characters/s", [1000 * entry["characters"] / ms for ms in rounds])
                 for peer in AGAINST[part]:
                     if name != peer and "rounds ms" in entries[peer]:
-                        ratio = middle_ratio(entries[peer]["rounds ms"], entry["rounds ms"])
-                        entry[f"{peer.partition(' ')[0]} ×"] = ratio
+                        note(entry, f"{peer.partition(' ')[0]} ×", ratios(entries[peer]["rounds ms"], rounds))
 
 # %% ../nbs/14i_lstm_benchmark.ipynb #a1eaa7e2
 TARGETS = {
@@ -355,7 +354,7 @@ def run(
 @app.command()
 def lstm(
     context: typer.Context,
-    rounds: Annotated[int, Option(min=1, help="How often each has its turn.")] = 5,
+    rounds: Annotated[int, Option(min=1, help="How often each has its turn.")] = 6,
     threads: Annotated[int, Option(min=1, help="Cores for each.")] = 1,
     only: Annotated[str | None, Option(metavar="NAMES", help=f"Parts of it: {', '.join(PARTS)}.")] = None,
     cell: Annotated[Literal["lstm", "gru"], Option(help="What the network is made of; targets are for lstm.")] = "lstm",

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['READ_ALL', 'PEERS', 'Memory', 'weights_read', 'difference', 'Plan', 'prompts_for', 'warm_up', 'take_turn', 'turns',
-           'race', 'open_all', 'measure_model', 'measure', 'peer_of', 'middle_ratio', 'compare']
+           'race', 'open_all', 'measure_model', 'measure', 'interval', 'note', 'peer_of', 'ratios', 'compare']
 
 # %% ../nbs/14d_rounds.ipynb #226d39d6
 import contextlib
 import ctypes
+import math
 import statistics
 import tempfile
 import timeit
@@ -102,7 +103,7 @@ class Plan:
     "What to measure, and how often."
     models: list[str] = field(default_factory=lambda: [*SHAPES])  # of SHAPES
     batches: list[int] = field(default_factory=lambda: [1, 16])  # texts at once
-    rounds: int = 5
+    rounds: int = 6
     threads: int = 1
     prompt: int = 32  # tokens
     count: int = 128  # new tokens
@@ -232,6 +233,24 @@ def measure(
         for shape in plan.models:
             measure_model(plan, shape, results, tell)
 
+# %% ../nbs/14d_rounds.ipynb #b97ca2f2
+def interval(
+    values: list[float],  # one of each round
+    level: float = 0.95,
+) -> list[float]:  # both ends
+    "Where the median of all rounds that could be lies, with at least this probability if so few allow it."
+    ordered, n = sorted(values), len(values)
+    below = lambda k: sum(math.comb(n, i) for i in range(k + 1)) / 2**n  # the probability that k rounds or fewer are
+    k = max((k for k in range((n + 1) // 2) if 1 - 2 * below(k) >= level), default=0)
+    return [ordered[k], ordered[n - 1 - k]]
+
+# %% ../nbs/14d_rounds.ipynb #8995cab9
+def note(entry: dict, key: str, values: list[float]):
+    "Write down the median of some rounds, and its interval; one round alone has none."
+    entry[key] = statistics.median(values)
+    if len(values) > 1:
+        entry[f"interval {key}"] = interval(values)
+
 # %% ../nbs/14d_rounds.ipynb #41d83af8
 PEERS = {"transformers": {}, "CTranslate2": {}, "llama.cpp": {"int8": "q8_0"}}  # whose int8 goes by another name
 
@@ -247,12 +266,12 @@ def peer_of(
     return found[0] if found and found[0] != contestant.name else None
 
 # %% ../nbs/14d_rounds.ipynb #a33595fa
-def middle_ratio(
+def ratios(
     ours: list[float],  # a number for each round
     theirs: list[float],
-) -> float:
-    "The median of the rounds' ratios; a round that only one of them finished is left out."
-    return statistics.median(a / b for a, b in zip(ours, theirs))
+) -> list[float]:
+    "The rounds' ratios; a round that only one of them finished is left out."
+    return [a / b for a, b in zip(ours, theirs)]
 
 # %% ../nbs/14d_rounds.ipynb #a9a36975
 def compare(
@@ -265,13 +284,13 @@ def compare(
         for one in [one for one in plan.contestants if entries.get(one.name, {}).get("rounds tokens/s")]:
             entry, size = entries[one.name], weights_read(shape, one.weights)
             rounds, read = entry["rounds tokens/s"], entry["read rounds GB/s"]
-            entry["tokens/s"], entry["read GB/s"] = statistics.median(rounds), statistics.median(read)
+            note(entry, "tokens/s", rounds), note(entry, "read GB/s", read)
             entry["weights MB"] = size / 1e6
-            entry["roofline %"] = 100 * middle_ratio(rounds, [batch * speed * 1e9 / size for speed in read])
+            note(entry, "roofline %", [100 * share for share in ratios(rounds, [batch * s * 1e9 / size for s in read])])
             if sampled := entry.get("sampled rounds tokens/s"):
-                entry["sampled tokens/s"] = statistics.median(sampled)
-                entry["sampling adds %"] = 100 * (middle_ratio(rounds, sampled) - 1)
+                note(entry, "sampled tokens/s", sampled)
+                note(entry, "sampling adds %", [100 * (ratio - 1) for ratio in ratios(rounds, sampled)])
             for library in PEERS:
                 other = peer_of(one, library, entries)
                 if other and entries[other].get("rounds tokens/s"):
-                    entry[f"{library} ×"] = middle_ratio(rounds, entries[other]["rounds tokens/s"])
+                    note(entry, f"{library} ×", ratios(rounds, entries[other]["rounds tokens/s"]))

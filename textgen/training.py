@@ -26,7 +26,7 @@ from .core import TextgenError, atomic_path
 from .figures import command_line, count_targets, draw_table, files_for, keep, machine, read_names, reporting
 from .figures import show, target_table, targets
 from .lstm_benchmark import app
-from .rounds import middle_ratio
+from .rounds import note, ratios
 
 # %% ../nbs/14l_training.ipynb #60e32213
 @dataclass(frozen=True)
@@ -169,12 +169,12 @@ def compare_speed(entries: dict):
     theirs = entries.get("peer", {}).get("rounds ms")
     for name, entry in entries.items():
         if rounds := entry.get("rounds ms"):
-            entry["step ms"] = statistics.median(rounds)
-            entry["tokens/s"] = 1000 * entry["tokens a step"] / entry["step ms"]
+            speeds = [1000 * entry["tokens a step"] / ms for ms in rounds]
+            note(entry, "step ms", rounds), note(entry, "tokens/s", speeds)
             if "of the peak" in entry:
-                entry["mfu %"] = 100 * entry["of the peak"] * entry["tokens/s"]
+                note(entry, "mfu %", [100 * entry["of the peak"] * speed for speed in speeds])
             if theirs and name != "peer":
-                entry["peer ×"] = middle_ratio(theirs, rounds)
+                note(entry, "peer ×", ratios(theirs, rounds))
 
 # %% ../nbs/14l_training.ipynb #55bd556b
 def loss_figures(score, prepared) -> dict:  # of a Score
@@ -246,7 +246,7 @@ def train_recipe(part: str, effort: Effort, seed: int, steps: int, record: dict)
     fit(run, recorder(record, steps, effort, judge))
 
 # %% ../nbs/14l_training.ipynb #d30d3799
-def step_of(part: str, effort: Effort) -> tuple[float, float]:  # seconds, and how many steps the peer's one is worth
+def step_of(part: str, effort: Effort) -> tuple[float, list[float]]:  # seconds; rounds of what the peer's is worth
     "How long a step of a recipe, or of a peer, takes, in turns with the peer's."
     from textgen.baseline import peer_step, start_peer, step_time
 
@@ -256,15 +256,17 @@ def step_of(part: str, effort: Effort) -> tuple[float, float]:  # seconds, and h
         _, pair[1] = our_step(recipe_of(part, effort, {"steps": 10**6}), effort.root)
     turns = [[step_time(step, effort.least / 2) for step in pair] for _ in range(effort.rounds + 1)]
     theirs, ours = zip(*turns[1:])  # the first ones take longer
-    return statistics.median(ours) / 1000, middle_ratio(theirs, ours)
+    return statistics.median(ours) / 1000, ratios(theirs, ours)
 
 # %% ../nbs/14l_training.ipynb #f08e0c79
 def steps_for(row: Row, effort: Effort) -> dict:  # for the row's entry
     "How many steps a row's runs have, and what part of the peer's time they take."
-    step, ratio = step_of(row.part, effort)
+    step, worth = step_of(row.part, effort)
     if row.share is not None:
-        steps = max(1, int(row.share * effort.peer_steps * ratio))
-        return {"steps": steps, "planned s": steps * step, "peer ×": effort.peer_steps * ratio / steps}
+        steps = max(1, int(row.share * effort.peer_steps * statistics.median(worth)))
+        entry = {"steps": steps, "planned s": steps * step}
+        note(entry, "peer ×", [effort.peer_steps * ratio / steps for ratio in worth])
+        return entry
     steps = effort.peer_steps if row.part == "peer" else max(1, int(effort.fill * effort.seconds / step))
     return {"steps": steps, "planned s": steps * step}
 
@@ -415,15 +417,8 @@ def report(results: dict, figures: Path, plot: Path, judged: bool = True):
         typer.echo(f"plot    {plot}")
 
 # %% ../nbs/14l_training.ipynb #36483f4e
-def run(
-    parts: list[str],  # of PARTS
-    effort: Effort,
-    folder: Path,
-    results: dict,  # to be filled
-    command: str = "",  # that asked for it
-    judged: bool = True,
-):
-    "Measure, and report whatever comes in between."
+def run(parts: list[str], effort: Effort, folder: Path, results: dict, command: str = "", judged: bool = True):
+    "Measure some of PARTS, fill the results, and report whatever comes in between."
     import torch
     from textgen.trainer import keep_memory
 

@@ -9,7 +9,6 @@ __all__ = ['WORKLOADS', 'random_ids', 'run_engine', 'batching', 'prefix', 'cores
 # %% ../nbs/14e_workloads.ipynb #51b8f8eb
 import contextlib
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from .core import TextgenError
 from .peers import SHAPES, Lost, random_model
+from .rounds import note
 
 # %% ../nbs/14e_workloads.ipynb #35c788f3
 def random_ids(shape: str, count: int, seed: int) -> list[int]:
@@ -174,7 +174,7 @@ def measure_workloads(
             for _ in range(rounds):
                 for key, value in WORKLOADS[name](model, shape).items():
                     entry["rounds"].setdefault(key, []).append(value)
-                    entry[key] = statistics.median(entry["rounds"][key])
+                    note(entry, key, entry["rounds"][key])
         except (Lost, TextgenError, OSError) as error:
             entry["lost"] = str(error)
         entry["step"] = "compiled" if model.compile else "eager"
