@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from textgen import benchmark, figures
-from textgen.benchmark import AT_MOST, TARGETS, find_targets, read_batches, tables
+from textgen.benchmark import AT_MOST, TARGETS, find_targets, read_batches, sweep, tables
 from textgen.core import TextgenError, UsageError
 from textgen.figures import check_same, files_for, machine, missing, read_names, revision
 from textgen.peers import BYTES, CONTESTANTS, SHAPES, Contestant, Lost, Runner, open_textgen, random_model
-from textgen.rounds import (Memory, Plan, compare, difference, interval, measure, note, peer_of, ratios, take_turn,
+from textgen.rounds import (Memory, Plan, compare, difference, interval, measure, note, peer_of, product_speed, prompt_operations, ratios, take_turn,
                              weights_read)
 from textgen.workloads import WORKLOADS, measure_workloads
 
@@ -26,6 +26,8 @@ def dying(folder, weights): return lambda prompts, count, sampled: os.kill(os.ge
 def hanging(folder, weights): return lambda prompts, count, sampled: time.sleep(600)
 def noisy(folder, weights): return lambda prompts, count, sampled: [print("x" * 10**6) or os.write(2, b"y" * 10**6) and [1] * count for _ in prompts]
 def stopping(folder, weights): return lambda prompts, count, sampled: [[1] * count, [1] * (count - 1)]
+def plain(folder, weights): return lambda prompts, count, sampled: [[1] * count for _ in prompts]
+def making(folder, weights): Path(folder, "made").write_text(str(os.getpid()))
 def refusing(folder, weights): raise ValueError("not\nthis one")
 def absent(folder, weights): import no_such_library
 
@@ -33,7 +35,7 @@ def absent(folder, weights): import no_such_library
 def lying(folder, weights):
     "Writes one token wrongly, where it is no tie."
     run = open_textgen(folder, weights, compile=False)
-    return lambda prompts, count, sampled: [[(row[0] + 1) % 65, *row[1:]] for row in run(prompts, count, sampled)]
+    return lambda prompts, count, sampled, told=None: [[(row[0] + 1) % 65, *row[1:]] for row in run(prompts, count, sampled)]
 
 
 EAGER = next(one for one in CONTESTANTS if one.name == "textgen eager")
@@ -96,23 +98,78 @@ def test_one_lost_contestant_loses_nobody_else(folder):
     assert len(entries["textgen eager"]["rounds tokens/s"]) == len(entries["textgen eager"]["sampled rounds tokens/s"]) == 2
     found = entries["lies"]["differs"]
     assert (found["texts"], found["of"], found["token"]) == (2, 2, 0) and found["gap"] > found["margin"] == 1e-3
-    assert "differs" not in entries["textgen eager"] and told.count("textgen eager") == 3
+    assert "differs" not in entries["textgen eager"] and told.count("textgen eager") == 6
     with pytest.raises(TextgenError, match="lies writes other tokens in float32"): check_same(results)
     found["margin"] = found["gap"] + 1   # told apart by rounding, say
     check_same(results)
     assert "lies: other tokens in 2 of 2 texts" in next(tables(results)).caption
+    assert "lost" not in entries["lies"]
 
 
 def test_a_turn_is_as_many_texts_as_fill_its_time():
-    "0.1, 0.2 and 0.3 s for two texts of 4 tokens each; what takes longer than a turn is written once."
+    """0.1, 0.2 and 0.3 s for two texts of 4 tokens each; what takes longer than a turn is written once. One token takes 0.08 s,
+    and half a second; then the pauses of a text that is read along. Without reading, three tokens take 0.12 and 1.5 s."""
     class Clock:
-        contestant = Contestant("theirs", None)
-        ask = lambda self, prompts, count, sampled: (next(self.seconds), [])
+        contestant, memory, times = Contestant("theirs", None), 5 * 10**6, None
+        def ask(self, prompts, count, sampled, watched=False):
+            if watched: self.times = [0.05, 0.06, 0.08, 0.11]
+            return 9.0 if watched else next(self.seconds if count > 1 else self.firsts), []
 
     runner, entry = Clock(), {}
-    for runner.seconds in (iter([0.1, 0.2, 0.3]), iter([2])):
+    for runner.seconds, runner.firsts in [(iter([0.1, 0.2, 0.3]), iter([0.08])), (iter([2]), iter([0.5]))]:
         take_turn(runner, entry, [[1], [2]], Plan(count=4, least=0.5), lambda kind: 10.0)
-    assert entry == {"rounds tokens/s": [pytest.approx(24 / 0.6), 4], "read rounds GB/s": [10, 10]}
+    assert entry.pop("pauses") == pytest.approx([10, 10, 20, 20, 30, 30])
+    assert entry == {"rounds tokens/s": [pytest.approx(24 / 0.6), 4], "read rounds GB/s": [10, 10], "peak MB": 5, "rounds first token ms": [80, 500],
+                     "rounds decode tokens/s": [pytest.approx(6 / 0.12), pytest.approx(6 / 1.5)],
+                     "rounds pause ms": [pytest.approx(20)] * 2, "99th pause ms": pytest.approx(30)}
+
+
+def test_who_does_not_tell_is_not_asked(folder):
+    runner, entry = Runner(Contestant("it", plain, tells=False), folder), {}
+    take_turn(runner, entry, [[1], [2]], Plan(count=4, least=0), lambda kind: 10.0)
+    runner.close(patience=30)
+    assert entry["remarks"] == ["does not say when a token is there"] and "rounds pause ms" not in entry and entry["rounds decode tokens/s"][0] > 0
+
+
+def test_times_are_those_of_the_tokens(folder):
+    "Each contestant tells of every token while it writes, for all rows at once, and writes the same as when it is not asked to."
+    for name in ("textgen eager", "transformers"):
+        runner = Runner(next(one for one in CONTESTANTS if one.name == name), folder)
+        (seconds, rows), times = runner.ask([[1, 2], [3, 4]], 9, watched=True), runner.times
+        assert len(times) == 9 and times == sorted(times) and 0 < times[0] and times[-1] <= seconds
+        assert runner.ask([[1, 2], [3, 4]], 9)[1] == rows and runner.times == [] and runner.memory > 10**7
+        runner.close(patience=30)
+
+
+def test_a_format_is_made_in_a_process_before(tmp_path):
+    "So that the memory that takes is not the contestant's; one that cannot be made is lost with the reason."
+    runner = Runner(Contestant("it", plain, makes=making), tmp_path)
+    runner.close(patience=30)
+    assert int((tmp_path/"made").read_text()) not in (os.getpid(), runner.process.pid)
+    with pytest.raises(Lost, match="ValueError: not this one"): Runner(Contestant("it", plain, makes=refusing), tmp_path)
+
+
+def test_reading_and_its_share():
+    "Shares of products and ratios are taken in each round; the first token is there when the prompt is read."
+    plan = Plan(["tiny"], [1], reading=8)
+    entries = {"textgen float32": {"rounds prompt tokens/s": [100.0, 200.0], "peak rounds GFLOP/s": [1.0, 1.0]},
+               "transformers": {"rounds prompt tokens/s": [50.0, 50.0], "peak rounds GFLOP/s": [1.0, 1.0]}}
+    compare(plan, {"figures": {"tiny, prompt of 8": entries}})
+    ours, each = entries["textgen float32"], prompt_operations("tiny", 8) / 8
+    assert ours["prompt tokens/s"] == 150 and ours["transformers ×"] == 3 and ours["interval transformers ×"] == [2, 4]
+    assert ours["matmul %"] == pytest.approx(100 * 150 * each / 1e9) and ours["first token ms"] == pytest.approx((80 + 40) / 2)
+
+
+def test_products_are_fastest_in_their_best_type():
+    for kind in BYTES: assert product_speed(kind) > 0
+    assert product_speed("q8_0") >= 0.5 * product_speed("float32")   # of both types, the better one
+
+
+def test_batches_that_are_drawn():
+    entry = lambda speed, *ends: {"tokens/s": speed, "interval tokens/s": [*ends]} if ends else {"tokens/s": speed}
+    found = {"tiny, batch 1": {"a": entry(10.0, 9.0, 12.0), "b": {"lost": "no"}}, "tiny, batch 4": {"a": entry(20.0)}, "char, batch 1": {"a": entry(1.0)},
+             "tiny, batch 1, CUDA": {"a": entry(5.0)}, "tiny, prompt of 8": {"a": {"prompt tokens/s": 9.0}}}
+    assert sweep({"figures": found}) == {"tiny": {"a": [(1, 10, 1, 2), (4, 20, 0, 0)]}}
 
 
 def test_figures_are_medians_of_ratios_and_shares():
@@ -354,6 +411,8 @@ def test_the_command(tmp_path):
     assert entries["textgen eager"]["transformers ×"] > 0 and results["memory"]["cpu"]["read by"] in ("C", "torch.sum")
     keys = {key for entry in entries.values() for key in entry} - {"lost", "differs"}
     assert all(re.search(r" ?(tokens/s|ms|s|MB|GB/s|%|×)$", key) for key in keys), keys
+    for entry in entries.values(): assert "lost" in entry or entry["peak MB"] > 10 and entry["99th pause ms"] >= 0 and "interval decode tokens/s" in entry
+    for entry in results["figures"]["tiny, prompt of 64"].values(): assert "lost" in entry or entry["matmul %"] > 0 and "interval matmul %" in entry
     assert (tmp_path/"out/figures.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'GGUF_NAMES', 'GGUF_SETTINGS', 'BYTES', 'CONTESTANTS', 'SLOW', 'ON_GPU', 'random_model', 'write_ctranslate2',
-           'gguf_tensors', 'write_gguf', 'open_textgen', 'open_transformers', 'open_ctranslate2', 'llama_batch',
-           'llama_write', 'llama_context', 'open_llama', 'Contestant', 'Lost', 'died', 'hear', 'end', 'serve', 'deaf',
-           'Runner']
+           'gguf_tensors', 'write_gguf', 'make_gguf', 'open_textgen', 'open_transformers', 'open_ctranslate2',
+           'llama_batch', 'llama_write', 'llama_context', 'open_llama', 'Contestant', 'Lost', 'died', 'hear', 'end',
+           'serve', 'deaf', 'Runner']
 
 # %% ../nbs/14c_peers.ipynb #95d71b73
 import contextlib
@@ -15,11 +15,13 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
+from types import SimpleNamespace
 
 from .core import TextgenError, UsageError, atomic_path
+from .fitting import process_memory
 
 # %% ../nbs/14c_peers.ipynb #fd374c5f
 SHAPES = {
@@ -52,7 +54,9 @@ def write_ctranslate2(
     folder,  # of the model, in Hugging Face's layout
     kind: str,  # of weights: "float32" or "int8"
 ) -> str:  # the directory made in it
-    "A model in CTranslate2's format."
+    "A model in CTranslate2's format, unless it is there."
+    if (made := Path(folder, f"ctranslate2-{kind}")).exists():
+        return str(made)
     from ctranslate2.converters.transformers import GPT2Loader
     from transformers import GPT2LMHeadModel
     from transformers.utils import logging
@@ -64,8 +68,9 @@ def write_ctranslate2(
     spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = "t0"
     spec.validate()
     spec.optimize(None if kind == "float32" else kind)
-    (made := Path(folder, f"ctranslate2-{kind}")).mkdir(exist_ok=True)
-    spec.save(str(made))
+    with atomic_path(made) as temporary:
+        temporary.mkdir()
+        spec.save(str(temporary))
     return str(made)
 
 # %% ../nbs/14c_peers.ipynb #785c610a
@@ -118,6 +123,14 @@ def write_gguf(
         getattr(writer, f"write_{part}_to_file")()
     writer.close()
 
+# %% ../nbs/14c_peers.ipynb #15e9213c
+def make_gguf(folder, kind: str) -> str:  # its path
+    "Such a file in the model's folder, unless it is there."
+    if not (path := Path(folder, f"{kind}.gguf")).exists():  # or else somebody may be reading it
+        with atomic_path(path) as temporary:
+            write_gguf(folder, kind, temporary)
+    return str(path)
+
 # %% ../nbs/14c_peers.ipynb #3e9bf340
 def open_textgen(folder, weights: str, compile: bool = True, device: str = "cpu") -> Callable:
     "Our own way to write, with eager PyTorch or the compiled step; raises UsageError where that can't be compiled."
@@ -129,11 +142,13 @@ def open_textgen(folder, weights: str, compile: bool = True, device: str = "cpu"
         native_library()  # or else the model would fall back to PyTorch, and be taken for what it is not
     model = GPT.load(folder, device, weights, compile)
 
-    def run(prompts, count, sampled):
+    def run(prompts, count, sampled, told=None):
         how = dict(temperature=0.8, top_k=50) if sampled else dict(temperature=0)
         config, rows = GenerationConfig(max_new_tokens=count, **how), [[] for _ in prompts]
         for token in write(model, prompts, list(range(len(prompts))), config):
             rows[token.row].append(token.id)
+            if told and token.row == len(prompts) - 1:
+                told()
         return rows
     return run
 
@@ -150,8 +165,10 @@ def open_transformers(folder, weights: str, compile: bool = False, device: str =
     if compile:
         model.forward = torch.compile(model.forward)
 
-    def run(prompts, count, sampled):
+    def run(prompts, count, sampled, told=None):
         how = dict(do_sample=True, temperature=0.8, top_k=50) if sampled else dict(do_sample=False)
+        if told:  # a streamer gets the prompts (B, T), and then each step's tokens (B,)
+            how["streamer"] = SimpleNamespace(put=lambda ids: ids.dim() == 1 and told(), end=lambda: None)
         ids = torch.tensor(prompts, device=device)
         seen = torch.ones_like(ids)
         found = model.generate(ids, attention_mask=seen, max_new_tokens=count, pad_token_id=0, **how, **more)
@@ -166,8 +183,10 @@ def open_ctranslate2(folder, weights: str, threads: int = 1) -> Callable:
     path = write_ctranslate2(folder, weights)
     generator = ctranslate2.Generator(path, compute_type=weights, inter_threads=1, intra_threads=threads)
 
-    def run(prompts, count, sampled):
+    def run(prompts, count, sampled, told=None):
         how = dict(sampling_topk=50, sampling_temperature=0.8) if sampled else dict(sampling_topk=1)
+        if told:  # a callback that says True would end the text
+            how["callback"] = lambda step: bool(step.batch_id == len(prompts) - 1 and told())
         found = generator.generate_batch([[f"t{i}" for i in prompt] for prompt in prompts], max_length=count,
                                          min_length=count, include_prompt_in_result=False, end_token=[], **how)
         return [result.sequences_ids[0] for result in found]
@@ -195,6 +214,7 @@ def llama_write(
     sampler,  # a chain of samplers
     prompts: list[list[int]],  # token ids, equally many
     count: int,  # new tokens of each
+    told: Callable | None = None,  # called after each step
 ) -> list[list[int]]:
     "New tokens for texts of the same length; raises RuntimeError when llama.cpp refuses."
     B, T = len(prompts), len(prompts[0])
@@ -209,6 +229,7 @@ def llama_write(
         for i, row in enumerate(rows):
             row.append(library.llama_sampler_sample(sampler, context, (i + 1) * T - 1))
             newest.token[i], newest.pos[i] = row[-1], len(prompts[0]) + step
+        told and told()
     for made in (batch, newest):
         library.llama_batch_free(made)
     return rows
@@ -231,10 +252,8 @@ def open_llama(folder, weights: str, threads: int = 1, exact: bool = False) -> C
     import llama_cpp as library
 
     library.llama_backend_init()
-    if not (path := Path(folder, f"{weights}.gguf")).exists():  # or else somebody may be reading it
-        with atomic_path(path) as temporary:
-            write_gguf(folder, weights, temporary)
-    model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
+    path = make_gguf(folder, weights)
+    model = library.llama_model_load_from_file(path.encode(), library.llama_model_default_params())
     chains = {False: {"greedy": []}, True: {"top_k": [50], "temp": [0.8], "dist": [0]}}
     samplers, contexts = {}, {}
     for sampled, links in chains.items():
@@ -242,11 +261,11 @@ def open_llama(folder, weights: str, threads: int = 1, exact: bool = False) -> C
         for link, values in links.items():
             library.llama_sampler_chain_add(samplers[sampled], getattr(library, f"llama_sampler_init_{link}")(*values))
 
-    def run(prompts, count, sampled):
+    def run(prompts, count, sampled, told=None):
         size = len(prompts), len(prompts[0]) + count
         if size not in contexts:
             contexts[size] = llama_context(library, model, threads, *size, exact)
-        return llama_write(library, contexts[size], samplers[sampled], prompts, count)
+        return llama_write(library, contexts[size], samplers[sampled], prompts, count, told)
     return run
 
 # %% ../nbs/14c_peers.ipynb #d77fc6b7
@@ -263,6 +282,8 @@ class Contestant:
     threaded: bool = False  # whether `open` takes the number of threads; the others take PyTorch's
     margin: float = 1e-3  # in float32, logits this close may be told apart differently
     coarse: str = ""  # what it rounds more than float32 does, which is why the margin is wider
+    tells: bool = True  # whether it says when each token is there
+    makes: Callable | None = None  # (folder, weights), to be called before, in another process
 
     @property
     def ours(self) -> bool:
@@ -272,10 +293,12 @@ class Contestant:
 # %% ../nbs/14c_peers.ipynb #492da4ca
 CONTESTANTS = [  # the wider margins are twice what was seen of a logit's error, with GPT-2's shape
     Contestant("transformers", open_transformers),
-    *(Contestant(f"CTranslate2 {kind}", open_ctranslate2, kind, threaded=True) for kind in ("float32", "int8")),
-    Contestant("llama.cpp float32", open_llama, threaded=True, margin=0.04, coarse="keys, values and GELU"),
-    Contestant("llama.cpp all float32", open_llama, "float32", {"exact": True}, True, margin=0.01, coarse="GELU"),
-    *(Contestant(f"llama.cpp {kind}", open_llama, kind, threaded=True) for kind in ("bfloat16", "q8_0")),
+    *(Contestant(f"CTranslate2 {kind}", open_ctranslate2, kind, threaded=True, makes=write_ctranslate2)
+      for kind in ("float32", "int8")),
+    Contestant("llama.cpp float32", open_llama, "float32", {}, True, 0.04, "keys, values and GELU", makes=make_gguf),
+    Contestant("llama.cpp all float32", open_llama, "float32", {"exact": True}, True, 0.01, "GELU", makes=make_gguf),
+    *(Contestant(f"llama.cpp {kind}", open_llama, kind, threaded=True, makes=make_gguf)
+      for kind in ("bfloat16", "q8_0")),
     Contestant("textgen eager", open_textgen, settings={"compile": False}),
     *(Contestant(f"textgen {kind}", open_textgen, kind) for kind in ("float32", "bfloat16", "int8")),
 ]
@@ -299,7 +322,7 @@ def died(
 # %% ../nbs/14c_peers.ipynb #c10f233e
 def hear(
     runner,  # a Runner
-) -> tuple[float, list[list[int]]]:  # seconds, and new tokens
+) -> tuple[float, list[list[int]], list[float], int | None]:  # seconds, new tokens, when they came, most bytes so far
     "What a contestant says next; raises Lost when it fails, dies or takes too long."
     patience = 10
     try:
@@ -336,17 +359,17 @@ def serve(
     threads: int,
 ):
     "Answer questions until there are no more: with seconds and rows of token ids, or a reason why there are none."
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    silence = os.open(os.devnull, os.O_WRONLY)
+    os.environ["OMP_NUM_THREADS"], silence = str(threads), os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1), os.dup2(silence, 2)
-    more = {"threads": threads} if contestant.threaded else {}
+    more = {**contestant.settings, **({"threads": threads} if contestant.threaded else {})}
     try:
-        run = contestant.open(folder, contestant.weights, **contestant.settings, **more)
-        connection.send((0.0, []))
+        run = contestant.open(folder, contestant.weights, **more)
+        connection.send((0.0, [], [], process_memory()))
         while question := connection.recv():
-            start = time.perf_counter()
-            rows = run(*question)
-            connection.send((time.perf_counter() - start, rows))
+            start, times = time.perf_counter(), []
+            told = [lambda: times.append(time.perf_counter() - start)] * question[-1]
+            rows = run(*question[:-1], *told)
+            connection.send((time.perf_counter() - start, rows, times, process_memory()))
     except EOFError:  # nobody asks any more
         pass
     except ModuleNotFoundError as error:
@@ -373,15 +396,12 @@ def deaf():
 class Runner:
     "A contestant in a process of its own; raises Lost when it cannot be opened."
 
-    def __init__(
-        self,
-        contestant: Contestant,
-        folder,  # of the model
-        threads: int = 1,
-        limit: float = 600,  # seconds that an answer may take
-    ):
+    def __init__(self, contestant: Contestant, folder, threads: int = 1, limit: float = 600):  # seconds for an answer
         context = multiprocessing.get_context("spawn")
-        self.contestant, self.limit = contestant, limit
+        self.contestant, self.limit, self.times, self.memory = contestant, limit, [], None
+        if contestant.makes:
+            maker = replace(contestant, open=contestant.makes, settings={}, threaded=False, makes=None)
+            Runner(maker, folder, limit=limit).close(patience=10)
         self.connection, other = context.Pipe()
         self.process = context.Process(target=serve, args=(other, contestant, str(folder), threads), daemon=True)
         with deaf():
@@ -389,11 +409,11 @@ class Runner:
         other.close()
         hear(self)
 
-    def ask(self, prompts: list[list[int]], count: int, sampled: bool = False) -> tuple[float, list[list[int]]]:
+    def ask(self, prompts: list[list[int]], count: int, sampled: bool = False, watched: bool = False) -> tuple:
         "Let it write `count` tokens behind each prompt: seconds, and the new tokens of each row; raises Lost."
         with contextlib.suppress(OSError):  # it has died since, as we shall hear
-            self.connection.send((prompts, count, sampled))
-        seconds, rows = hear(self)
+            self.connection.send((prompts, count, sampled, watched))
+        seconds, rows, self.times, self.memory = hear(self)
         if [len(row) for row in rows] != [count] * len(prompts):
             self.close()
             raise Lost(f"it did not write {count} tokens for each of {len(prompts)} texts")
