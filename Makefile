@@ -43,7 +43,7 @@ standing: .venv/made-dev  ## train the LSTM and the decoder side by side for cha
 	@$(BIN)/python .ci/standing.py
 
 benchmark: .venv/made-dev  ## measure the data pipeline beside datasets, tiktoken and torch's DataLoader (needs TEXTGEN_DATA and 4 GB of disk)
-	@$(BIN)/python .ci/benchmark.py
+	@$(BIN)/textgen benchmark data --output nbs/results && rm nbs/results/data.png
 
 training: .venv/made-dev  ## measure training beside nanoGPT's settings (half an hour on one quiet core; needs TEXTGEN_DATA)
 	@$(BIN)/textgen benchmark train --output nbs/results && rm nbs/results/train.png

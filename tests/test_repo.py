@@ -19,7 +19,7 @@ UNITS = ["nats/char", "nats/token", "bits/char", "bits/byte", "tokens/s", "chara
 # These import no framework at module level.
 LIGHT = {"core", "generator", "model_files", "lstm", "loop", "rnn", "recurrence", "rnn_trainer", "ways", "tokenizer", "tokenizer_io", "corpus", "files", "cleaning", "folders", "sources", "encoding", "data", "rows",
          "constrained", "evaluate", "quality", "originality", "recipe", "fitting", "resume", "runs", "cli", "data_commands", "export", "peers", "rounds", "workloads",
-         "benchmark", "training", "jobs", "batch", "lstm_benchmark", "testing", "evaluation", "harness", "receipts", "replay", "measurement", "figures"}
+         "benchmark", "training", "jobs", "batch", "lstm_benchmark", "testing", "evaluation", "harness", "receipts", "replay", "measurement", "figures", "data_benchmark", "all_benchmarks"}
 NUMBER = r"\d\d[a-z]?_"  # of a chapter
 FOR_ALL = set(sys.stdlib_module_names) | {"numpy", "pydantic", "yaml"}
 EXTRA = {name: {"torch", "safetensors"} for name in [
@@ -28,7 +28,7 @@ EXTRA = {name: {"torch", "safetensors"} for name in [
     "gpt", "train", "muon", "trainer", "processes", "lora", "baseline",
     "hf", "masked"]}
 EXTRA |= {"resume": {"safetensors"}}
-EXTRA |= {name: {"typer"} for name in ["cli", "data_commands", "export", "benchmark", "training", "batch", "lstm_benchmark", "evaluation", "harness", "replay", "measurement", "figures"]}
+EXTRA |= {name: {"typer"} for name in ["cli", "data_commands", "export", "benchmark", "training", "batch", "lstm_benchmark", "evaluation", "harness", "replay", "measurement", "figures", "data_benchmark", "all_benchmarks"]}
 AT_MOST = dict(cell_lines=30, function_lines=25, exported_lines=400, cells=90, words=100, line_width=120)
 IN_USE, NEAR = 0.9, 3  # this share of the exported definitions is used within so many cells
 

@@ -249,12 +249,13 @@ def run(
     output: Path,  # for the figures
     results: dict,  # to be filled
     command: str = "",  # that asked for it
+    model: str | None = None,  # for the workloads
 ):
     "Measure, and report whatever comes in between; raises TextgenError where libraries disagree."
     files = files_for(output)
     results["machine"] = machine(plan.threads, command, weights=0, prompts=plan.batches)
     plans, workloads = plans_for(parts, plan), [part for part in parts if part in WORKLOADS]
-    model = "gpt2" if "gpt2" in plan.models else plan.models[0]
+    model = model or ("gpt2" if "gpt2" in plan.models else plan.models[0])
     with reporting(lambda: report(plans, results, *files)):
         run_parts(plans, workloads, model, plan.rounds, results)
     check_same(results)

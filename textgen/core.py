@@ -187,7 +187,7 @@ REGISTRY = {
                 "grammar": "textgen.quality:grammar", "mauve": "textgen.quality:mauve",
                 "originality": "textgen.originality:originality_metric"},
     "commands": {"data": "textgen.data_commands:app", "export": "textgen.export:app",
-                 "benchmark": "textgen.training:app", "batch": "textgen.batch:app",
+                 "benchmark": "textgen.all_benchmarks:app", "batch": "textgen.batch:app",
                  "evaluate": "textgen.evaluation:app", "lm-eval": "textgen.harness:app",
                  "replay": "textgen.replay:app", "measure": "textgen.measurement:app"},
     "recipes": {"gpt": "textgen.recipe:TrainConfig", "rnn": "textgen.rnn_trainer:RNNConfig"},  # by generator

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'app', 'revision', 'command_line', 'processor', 'versions', 'memory_size', 'machine', 'why_not', 'targets',
-           'count_targets', 'number', 'shown', 'remarks', 'all_remarks', 'draw_table', 'target_table', 'missing',
-           'progress', 'reporting', 'check_same', 'files_for', 'show', 'keep', 'read_names']
+           'count_targets', 'number', 'shown', 'remarks', 'all_remarks', 'draw_table', 'target_table', 'at_risk',
+           'missing', 'progress', 'reporting', 'check_same', 'files_for', 'show', 'keep', 'read_names']
 
 # %% ../nbs/14f_figures.ipynb #a6045807
 import contextlib
@@ -210,6 +210,18 @@ def target_table(
         said = {True: "[green]met[/]", False: "[red]missed[/]"}[one["met"]] if "met" in one else escape(one["why"])
         table.add_row(name, shown(one["measured"], one, digits, one.get("interval")), said)
     return table
+
+# %% ../nbs/14f_figures.ipynb #fcc598fe
+@contextlib.contextmanager
+def at_risk(entry: dict):
+    "Let a fault be a remark in a contestant's entry, which loses nobody else's figures."
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        entry["lost"] = f"not installed ({error.name}); pip install {error.name}"
+    except Exception as error:  # whatever a library raises
+        said = str(error).strip().partition("\n")[0]
+        entry["lost"] = said if isinstance(error, TextgenError) else f"{type(error).__name__}: {said}"
 
 # %% ../nbs/14f_figures.ipynb #cf9b9884
 def missing(results: dict) -> Iterator[str]:  # lines

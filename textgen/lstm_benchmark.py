@@ -23,10 +23,9 @@ import numpy as np
 import typer
 from typer import Option
 
-from .benchmark import app
 from .core import TextgenError, atomic_path
-from .figures import check_same, command_line, count_targets, draw_table, files_for, keep, machine, progress
-from .figures import read_names, reporting, show, target_table, targets
+from .figures import app, check_same, command_line, count_targets, draw_table, files_for, keep, machine
+from .figures import progress, read_names, reporting, show, target_table, targets
 from .lstm import RNNShape, load_tensorflow, quiet
 from .peers import Contestant, Lost, Runner
 from .rounds import difference, note, open_all, ratios, turns

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PLAY', 'WIKI', 'SHORT', 'ROWS', 'PARTS', 'QUICK', 'SPEED', 'LOSSES', 'KNOWN', 'TARGETS', 'AT_MOST', 'STYLES',
            'SPEED_COLUMNS', 'COLUMNS', 'Row', 'Effort', 'quick_effort', 'settings_of', 'recipe_of', 'text_of',
-           'our_step', 'at_risk', 'open_steps', 'measure_speed', 'compare_speed', 'loss_figures', 'points_of',
-           'recorder', 'train_peer', 'train_recipe', 'step_of', 'steps_for', 'measure_row', 'measure_rows',
-           'compare_rows', 'find_targets', 'draw_rows', 'draw_losses', 'tables', 'summary', 'report', 'run', 'train']
+           'our_step', 'open_steps', 'measure_speed', 'compare_speed', 'loss_figures', 'points_of', 'recorder',
+           'train_peer', 'train_recipe', 'step_of', 'steps_for', 'measure_row', 'measure_rows', 'compare_rows',
+           'find_targets', 'draw_rows', 'draw_losses', 'tables', 'summary', 'report', 'run', 'train']
 
 # %% ../nbs/14l_training.ipynb #3f643819
 import contextlib
@@ -23,9 +23,8 @@ import typer
 from typer import Option
 
 from .core import TextgenError, atomic_path
-from .figures import command_line, count_targets, draw_table, files_for, keep, machine, read_names, reporting
-from .figures import show, target_table, targets
-from .lstm_benchmark import app
+from .figures import app, at_risk, command_line, count_targets, draw_table, files_for, keep, machine
+from .figures import read_names, reporting, show, target_table, targets
 from .rounds import note, ratios
 
 # %% ../nbs/14l_training.ipynb #60e32213
@@ -115,16 +114,6 @@ def our_step(config, root: str) -> tuple:  # a Run, and what takes one step of i
 
     run = start(config, Path(config.recipe), root)
     return run, lambda: read_losses(run, [run.learn()])
-
-# %% ../nbs/14l_training.ipynb #599eadd4
-@contextlib.contextmanager
-def at_risk(entry: dict):
-    "Let a fault be a remark in a contestant's entry, which loses nobody else's figures."
-    try:
-        yield
-    except Exception as error:  # whatever a library raises
-        said = str(error).strip().partition("\n")[0]
-        entry["lost"] = said if isinstance(error, TextgenError) else f"{type(error).__name__}: {said}"
 
 # %% ../nbs/14l_training.ipynb #ffd6e5d6
 def open_steps(effort: Effort, entries: dict) -> dict[str, Callable]:  # what takes a step, by name
