@@ -7,6 +7,10 @@ Figures in the README. A number with a unit (one of UNITS) in README.md, other t
 file of nbs/results/*.json that one of the project's own commands wrote. The JSON's keys end in the unit, whatever they hang
 under: {"demo": {"model nats/char": 1.2345, "time s": 118.2}} allows "1.23 nats/char", "1.2 nats/char" and "118 s". A quoted
 number must be the stored one rounded to the digits quoted.
+
+Figures in the chapters. A number with a measured unit (one of MEASURED) in the prose of a notebook must stand in such a file as
+well, or, digit by digit, in what the same notebook printed. Sizes that are not measured but given (gigabytes of a model, pages of
+4 kB) have units that are not in the list, and shares that are given are words: nine tenths.
 """
 import ast, builtins, importlib.util, json, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
@@ -16,6 +20,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 UNITS = ["nats/char", "nats/token", "bits/char", "bits/byte", "tokens/s", "characters/s", "%", "MB", "GB", "ms", "s", "minutes", "×"]
+MEASURED = [unit for unit in UNITS if unit != "GB"] + ["GB/s", "GFLOP/s", "TFLOP/s", "µs", "ns", "seconds", "hours"]
 # These import no framework at module level.
 LIGHT = {"core", "generator", "model_files", "lstm", "loop", "rnn", "recurrence", "rnn_trainer", "ways", "tokenizer", "tokenizer_io", "corpus", "files", "cleaning", "folders", "sources", "encoding", "data", "rows",
          "constrained", "evaluate", "quality", "originality", "recipe", "fitting", "resume", "runs", "cli", "data_commands", "export", "peers", "rounds", "workloads",
@@ -283,17 +288,49 @@ def leaves(tree, key=""):
     elif isinstance(tree, (int, float)) and not isinstance(tree, bool): yield key, tree
 
 
+def stored_figures(root):
+    "(unit, number) of every figure in the results files."
+    files = sorted((root/"nbs/results").glob("*.json"))
+    return [(re.split(r"\s", key)[-1], value) for path in files for key, value in leaves(json.loads(path.read_text(encoding="utf-8")))]
+
+
+def quoted_figures(text, units):
+    "(number as it stands there, unit) of every figure in a text."
+    return re.findall(rf"(?<![\w.])(\d[\d,]*(?:\.\d+)?)[ \u00a0]?({'|'.join(units)})(?![\w/'’]| \d)", text)
+
+
+def is_stored(quoted, unit, stored):
+    "Whether a figure is one of the stored ones, rounded to its digits."
+    digits = len(quoted.partition(".")[2])
+    return any(of == unit and f"{value:.{digits}f}" == quoted.replace(",", "") for of, value in stored)
+
+
 def readme_figures_are_measured(root, tmp):
     "Each number with a unit in the README stands in a results file (the convention is at the top of this file)."
     if not (root/"nbs/index.ipynb").exists(): return
-    stored = [leaf for path in sorted((root/"nbs/results").glob("*.json")) for leaf in leaves(json.loads(path.read_text(encoding="utf-8")))]
-    notebook = json.loads((root/"nbs/index.ipynb").read_text(encoding="utf-8"))
+    stored, notebook = stored_figures(root), json.loads((root/"nbs/index.ipynb").read_text(encoding="utf-8"))
     for kind, text in readme_maker(root).parts(notebook):
         if kind == "code": continue
-        for quoted, unit in re.findall(rf"(?<![\w.])(\d[\d,]*(?:\.\d+)?)[ \u00a0]?({'|'.join(UNITS)})(?![\w/'’]| \d)", text):
-            digits = len(quoted.partition(".")[2])
-            same = [value for key, value in stored if re.split(r"\s", key)[-1] == unit and f"{value:.{digits}f}" == quoted.replace(",", "")]
-            if not same: yield f"README.md: {quoted} {unit} is in no file of nbs/results/"
+        for quoted, unit in quoted_figures(text, UNITS):
+            if not is_stored(quoted, unit, stored): yield f"README.md: {quoted} {unit} is in no file of nbs/results/"
+
+
+def printed(path):
+    "All text that a notebook's cells have put out."
+    every = [output for cell in cells(path) for output in cell.outputs]
+    return "\n".join(joined(output.get("text", "")) + "".join(joined(value) for kind, value in output.get("data", {}).items() if kind.startswith("text/"))
+                     for output in every)
+
+
+def prose_figures_are_measured(root, tmp):
+    "Each number with a measured unit in a notebook's prose stands in a results file, or in an output of the same notebook."
+    stored = stored_figures(root)
+    for path in notebooks(root):
+        text = printed(path)
+        for cell, prose in prose_of(path):
+            for quoted, unit in quoted_figures(prose, MEASURED):
+                if not is_stored(quoted, unit, stored) and not re.search(rf"(?<![\d.,]){re.escape(quoted)}(?!\d|[.,]\d)", text):
+                    yield f"{cell.where}: {quoted} {unit} is in no file of nbs/results/ and in no output of the notebook"
 
 
 def version_is_the_same_everywhere(root, tmp):
@@ -383,7 +420,7 @@ def pins_cover_the_requirements(root, tmp):
 
 RULES = [package_is_exported, notebooks_are_clean, modules_are_named_after_chapters, chapters_import_upward, module_level_imports,
          budgets, definitions_are_shown_in_use, import_cells_stand_alone, chapters_begin_with_their_name, light_imports, readme_is_fresh,
-         readme_figures_are_measured, version_is_the_same_everywhere, outputs_are_sound, links_lead_somewhere,
+         readme_figures_are_measured, prose_figures_are_measured, version_is_the_same_everywhere, outputs_are_sound, links_lead_somewhere,
          every_notebook_is_on_the_map, pins_cover_the_requirements]
 
 
@@ -503,6 +540,9 @@ PLANTS = [
     (readme_figures_are_measured, edit("nbs/index.ipynb", "118 s", "118.3 s")),
     (readme_figures_are_measured, edit("nbs/index.ipynb", "118 s", "118 minutes")),
     (readme_figures_are_measured, edit("nbs/results/demo.json", "1.2345", "1.3")),
+    (prose_figures_are_measured, again("00_core", "Reading it takes 118.3 s here.")),
+    (prose_figures_are_measured, again("00_core", "Memory gives 12.5 GB/s here.", "area(0)", outputs={6: stream("12.53 GB/s, 112.5")[5]})),
+    (prose_figures_are_measured, again("00_core", "It reaches 1.23 nats/char there.\nThat is 3 % more.")),
     (version_is_the_same_everywhere, edit("settings.ini", "version = 0.1.0", "version = 0.2.0")),
     (outputs_are_sound, again("00_core", "area(0)", outputs=ERROR)),
     (outputs_are_sound, again("00_core", "area(0)", outputs=stream("wrote /home/me/runs/demo"))),
@@ -549,7 +589,9 @@ def test_figure_alt_and_figures_pass(small, tmp_path):
     edit("nbs/index.ipynb", "1.23 nats/char in 118 s", "1.2 nats/char in 118 s; GPT-2's 3 × 4")(root)
     write_notebook(root, "02_more", ["# More\n\n> The third chapter\n\n## 2. What *is* it, then?", "#| label: fig-it\n1",
                                      "Compare with [the question](#what-is-it-then), [it](#fig-it), [two](01_attention.ipynb#attention) and [all](https://a.org/`b`)."])
-    rules = [outputs_are_sound, readme_figures_are_measured, links_lead_somewhere]
+    write_notebook(root, "03_last", ["# Last\n\n> The fourth chapter\n\nIt took 118 s, of which 3.1% were lost at 12.5 GB/s; a model of 28 GB has pages of 4 kB.",
+                                     "It prints `20 ms`:\n\n```\n99 ms\n```", "print()"], {2: stream("20 ms, 3.1 % of it, 12.5")[5]})
+    rules = [outputs_are_sound, readme_figures_are_measured, prose_figures_are_measured, links_lead_somewhere]
     assert not [complaint for rule in rules for complaint in rule(root, tmp_path)]
 
 
