@@ -29,8 +29,8 @@ class Part:
 
 
 def writing(folder: Path, results: dict, command: str, threads: int, quick: bool):
-    "GPT-2 and the tiny model; what workloads are worth is measured with the tiny one."
-    plan = Plan(["gpt2", "tiny"], [1, 16], 3, threads, count=32, least=0.3)
+    "GPT-2 and the tiny model, a quarter of the tokens; what workloads are worth is measured with the tiny one."
+    plan = Plan(["gpt2", "tiny"], [1, 16], 3, threads, prompt=8, count=32, least=0.3)
     if quick:
         plan = Plan(["tiny"], [1, 2], 2, threads, count=8, reading=32, least=0.01)
     parts = ["figures"] if quick else benchmark.PARTS
