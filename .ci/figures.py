@@ -7,6 +7,7 @@ Every key ends in its unit (tests/test_repo.py holds README against these files)
 import json, sys
 from pathlib import Path
 
+from textgen.figures import machine
 from textgen.runs import figures
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in map(Path, sys.argv[1:]):
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     kept = {key: result[key] for key in ("recipe", "seed", "machine")}
+    kept["machine"] |= machine(kept["machine"]["threads"], "make figures", run=kept["seed"])
     kept |= {key: value for key, value in figures(result).items() if value is not None}
     path = ROOT / "nbs" / "results" / f"{result['recipe']}.json"
     path.parent.mkdir(exist_ok=True)

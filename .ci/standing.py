@@ -6,12 +6,12 @@ Each point is a whole run of its recipe, whose rate falls to its end with its la
 LSTM before it. Time is that of one core, spent in steps. Both are judged on the whole held-out part, in windows of as many tokens
 as the decoder reads; the LSTM also as it is used, with its state carried on from the first token to the last.
 """
-import json, os, platform, sys, time
-from importlib.metadata import version
+import json, os, sys, time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from textgen.figures import machine
 from textgen.fitting import fit
 from textgen.recipe import load_recipe
 
@@ -65,8 +65,7 @@ def main(lengths):
         other = point("shakespeare", round(found["lstm-shakespeare"][-1]["core time s"] / decoder_step))
         decoder_step = other["core time s"] / other["steps"]
         found["shakespeare"].append(other)
-    machine = {"processor": platform.machine(), "threads": 1, "torch": torch.__version__, "tensorflow": version("tensorflow"), "python": platform.python_version()}
-    RESULTS.write_text(json.dumps({"machine": machine, "points": found}, indent=2) + "\n", encoding="utf-8")
+    RESULTS.write_text(json.dumps({"machine": machine(1, "make standing"), "points": found}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__": main([int(word) for word in sys.argv[1:]] or [100, 400, 1000])

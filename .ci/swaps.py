@@ -6,7 +6,7 @@ Data, steps and learning rates are those of the recipe `swaps` for all. So is th
 swap saves or costs goes into the width of the MLP. Speed is in tokens per second of one core's own time, so that other work on
 the machine counts less. A run replaces the one of the same model and seed in the file.
 """
-import json, platform, sys, time
+import json, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 
 from textgen.data import Batches
 from textgen.decoder import Decoder
+from textgen.figures import machine
 from textgen.recipe import decoder_config, load_recipe
 from textgen.train import evaluate
 from textgen.trainer import next_step, start
@@ -67,8 +68,7 @@ def note(name, changes, run):
     entry = {"model": changes, "parameters": parameters(changes), "cache of a token bytes": sum(2 * part.k.nbytes for part in cache),
              "runs": sorted([*(other for other in old if other["seed"] != run["seed"]), run], key=lambda run: run["seed"])}
     swaps = {**result["swaps"], name: entry}
-    machine = {"processor": platform.machine(), "threads": 1, "torch": torch.__version__, "python": platform.python_version()}
-    result = {"machine": machine, "steps": c.steps, "steps of a point": EVERY, "tokens of a step": c.batch_size * c.length,
+    result = {"machine": machine(1, "make swaps"), "steps": c.steps, "steps of a point": EVERY, "tokens of a step": c.batch_size * c.length,
               "swaps": {name: swaps[name] for name in SWAPS if name in swaps}}
     RESULTS.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
