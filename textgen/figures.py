@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import tempfile
@@ -48,7 +49,7 @@ def command_line(context: typer.Context) -> str:
     for option in context.command.params:
         value = context.params.get(option.name)
         if option.name != "output" and value != option.default:
-            words += [option.opts[0]] if value is True else [option.opts[0], str(value)]
+            words += [option.opts[0]] if value is True else [option.opts[0], shlex.quote(str(value))]
     return " ".join(words)
 
 # %% ../nbs/14f_figures.ipynb #e2db140b
