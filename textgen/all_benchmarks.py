@@ -47,7 +47,7 @@ def learning(folder: Path, results: dict, command: str, threads: int, quick: boo
 # %% ../nbs/14m_all_benchmarks.ipynb #0e8b758c
 def recurrent(folder: Path, results: dict, command: str, threads: int, quick: bool):
     "Recurrent models; in a quick look only how they write."
-    effort = lstm_benchmark.Effort(rounds=3, threads=threads, starts=1)
+    effort = lstm_benchmark.Effort(rounds=3, threads=threads, steps=3, starts=1)
     effort = lstm_benchmark.quick_effort(threads=threads) if quick else effort
     parts = ["write"] if quick else [*lstm_benchmark.PARTS]
     lstm_benchmark.run(parts, effort, folder, results, command, judged=not quick)
