@@ -55,7 +55,7 @@ def recurrent(folder: Path, results: dict, command: str, threads: int, quick: bo
 
 def pipeline(folder: Path, results: dict, command: str, threads: int, quick: bool):
     "The data pipeline."
-    effort = data_benchmark.quick_effort() if quick else data_benchmark.effort_here(rounds=3, copies=18)
+    effort = data_benchmark.quick_effort() if quick else data_benchmark.effort_here(rounds=3, copies=9)
     parts = ["epoch"] if quick else [*data_benchmark.PARTS]
     data_benchmark.run(parts, replace(effort, threads=threads), folder, results, command, judged=not quick)
 

@@ -146,7 +146,8 @@ def shown(value: float | None, target: dict | None = None, digits: int = 3, ends
         return f"? {target['wanted']:g}" if target else ""
     text = number(value, digits)
     if ends:
-        text += f" ±{number(max(value - ends[0], ends[1] - value), 2)}"
+        far = max(value - ends[0], ends[1] - value)
+        text += f" ±{number(far if far > 1e-9 * abs(value) else 0.0, 2)}"
     if target is None:
         return text
     sign = "≥" if value >= target["wanted"] else "<"
