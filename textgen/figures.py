@@ -16,6 +16,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -86,15 +87,13 @@ def machine(
     **seeds,  # what was drawn from which
 ) -> dict:
     "What was measured with, on what, when, and how to measure it again."
-    import torch
-
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    now, torch = datetime.now(timezone.utc).isoformat(timespec="seconds"), sys.modules.get("torch")
     found = {"command": command, "date": now, "revision": revision(),
              "processor": processor(), "cores": os.cpu_count(), "threads": threads, "system": platform.platform(),
              "python": platform.python_version(), "versions": versions(), "seeds": seeds}
     if size := memory_size():
         found["memory MB"] = size // 10**6
-    if torch.cuda.is_available():
+    if torch and torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
 

@@ -24,10 +24,10 @@ import typer
 from typer import Argument, Option
 
 from .batch import find_prompts
-from .figures import keep, read_names, reporting, show
 from .cli import open_model
 from .core import TextgenError, UsageError, atomic_path, counted, registered, resolve
 from .data import with_bar
+from .figures import keep, read_names, reporting, show
 from .files import kind_of, read_blocks
 from .fitting import machine
 from .originality import Checked, TrainingText, marked, originality
