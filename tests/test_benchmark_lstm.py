@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("tensorflow", reason="needs the extra lstm")
 from textgen import lstm_benchmark, ways
-from textgen.figures import check_same, draw_table, targets
+from textgen.figures import check_same, draw_bars, draw_table, targets
 from textgen.cli import main
 from textgen.core import TextgenError
 from textgen.lstm import RNNShape
 from textgen.lstm_benchmark import (AT_MOST, PARTS, SEEDED, STARTERS, TARGETS, TRAINERS, WRITERS, Effort, Here, check_losses, compare,
-                                    confined, draw_bars, note_texts, quick_effort, race, start_anew, task_of)
+                                    confined, note_texts, quick_effort, race, start_anew, task_of)
 from textgen.peers import Contestant, Lost
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -271,7 +271,7 @@ def test_nothing_measured_nothing_saved(few, tmp_path, monkeypatch, capsys):
 
 def test_a_picture_of_what_is_there(tmp_path):
     results = {"figures": {"write": {"OneStep": {"characters/s": 5.0}, "torch": {"lost": "no"}}, "train": {"fit": {"lost": "no"}}}}
-    draw_bars(results, tmp_path/"one.png")
+    draw_bars(results, lstm_benchmark.SHOWN, tmp_path/"one.png")
     assert (tmp_path/"one.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'app', 'revision', 'command_line', 'processor', 'versions', 'memory_size', 'machine', 'why_not', 'targets',
-           'count_targets', 'number', 'shown', 'remarks', 'all_remarks', 'draw_table', 'target_table', 'at_risk',
-           'missing', 'progress', 'reporting', 'check_same', 'files_for', 'show', 'keep', 'read_names']
+           'count_targets', 'number', 'shown', 'remarks', 'all_remarks', 'draw_table', 'target_table', 'part_tables',
+           'draw_bars', 'at_risk', 'missing', 'progress', 'reporting', 'check_same', 'files_for', 'show', 'keep',
+           'read_names']
 
 # %% ../nbs/14f_figures.ipynb #a6045807
 import contextlib
@@ -211,6 +212,33 @@ def target_table(
         said = {True: "[green]met[/]", False: "[red]missed[/]"}[one["met"]] if "met" in one else escape(one["why"])
         table.add_row(name, shown(one["measured"], one, digits, one.get("interval")), said)
     return table
+
+# %% ../nbs/14f_figures.ipynb #59a1c60f
+def part_tables(results: dict, columns: dict, wanted: dict) -> Iterator:  # columns: of each part; yields rich Tables
+    "All that was measured, part by part, and the targets."
+    for part, entries in results.get("figures", {}).items():
+        yield draw_table(part, entries, columns[part], wanted)
+    if wanted:
+        yield target_table(wanted)
+
+
+def draw_bars(results: dict, keys: dict, path):  # keys: what is drawn of each part; of the picture
+    "A plot for each part of which there are figures."
+    from matplotlib.figure import Figure
+
+    found = {part: {name: entry[keys[part]] for name, entry in entries.items() if keys[part] in entry}
+             for part, entries in results["figures"].items() if part in keys}
+    found = {part: values for part, values in found.items() if values}
+    picture = Figure(figsize=(9, 1 + 2 * len(found)), layout="constrained")
+    for axes, (part, values) in zip(picture.subplots(len(found), 1, squeeze=False)[:, 0], found.items()):
+        colours = ["tab:red" if name.startswith("textgen") else "tab:gray" for name in values]
+        label = lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        axes.bar_label(axes.barh([*values], [*values.values()], color=colours), fmt=label, padding=3)
+        scale = "log" if max(values.values()) > 10 * min(values.values()) else "linear"
+        axes.set(xscale=scale, xlabel=keys[part], title=part)
+        axes.invert_yaxis(), axes.margins(x=0.1)
+    with atomic_path(path) as temporary:
+        picture.savefig(temporary, format="png", dpi=150)
 
 # %% ../nbs/14f_figures.ipynb #fcc598fe
 @contextlib.contextmanager

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WRITERS', 'SEEDED', 'TRAINERS', 'STARTERS', 'PARTS', 'TAUGHT', 'AGAINST', 'TARGETS', 'AT_MOST', 'SPEED', 'COLUMNS',
            'SHOWN', 'Here', 'open_first', 'Effort', 'quick_effort', 'Task', 'task_of', 'warm_up', 'take_turn',
-           'note_texts', 'race', 'start_anew', 'measure', 'compare', 'check_losses', 'tables', 'draw_bars', 'summary',
-           'report', 'confined', 'run', 'lstm']
+           'note_texts', 'race', 'start_anew', 'measure', 'compare', 'check_losses', 'summary', 'report', 'confined',
+           'run', 'lstm']
 
 # %% ../nbs/14i_lstm_benchmark.ipynb #eb26e5d0
 import contextlib
@@ -23,9 +23,9 @@ import numpy as np
 import typer
 from typer import Option
 
-from .core import TextgenError, atomic_path
-from .figures import app, check_same, command_line, count_targets, draw_table, files_for, keep, machine
-from .figures import progress, read_names, reporting, show, target_table, targets
+from .core import TextgenError
+from .figures import app, check_same, command_line, count_targets, draw_bars, files_for, keep
+from .figures import machine, part_tables, progress, read_names, reporting, show, targets
 from .lstm import RNNShape, load_tensorflow, quiet
 from .peers import Contestant, Lost, Runner
 from .rounds import difference, note, open_all, ratios, turns
@@ -266,33 +266,6 @@ COLUMNS = {"write": SPEED, "batch": SPEED, "train": ["ms", "characters/s", "fit 
            "first-call": ["first call s", "again ms", "traces"]}
 SHOWN = {part: "first call s" if part == "first-call" else "characters/s" for part in COLUMNS}  # in the plot
 
-
-def tables(results: dict, wanted: dict) -> Iterator:  # of rich Tables
-    "All that was measured."
-    for part, entries in results.get("figures", {}).items():
-        yield draw_table(part, entries, COLUMNS[part], wanted)
-    if wanted:
-        yield target_table(wanted)
-
-# %% ../nbs/14i_lstm_benchmark.ipynb #4b097997
-def draw_bars(results: dict, path):  # of the picture
-    "A plot for each part, on a logarithmic axis where the largest is many times the least."
-    from matplotlib.figure import Figure
-
-    figures = {part: {name: entry[SHOWN[part]] for name, entry in entries.items() if SHOWN[part] in entry}
-               for part, entries in results["figures"].items()}
-    figures = {part: values for part, values in figures.items() if values}
-    picture = Figure(figsize=(9, 1 + 2 * len(figures)), layout="constrained")
-    for axes, (part, values) in zip(picture.subplots(len(figures), 1, squeeze=False)[:, 0], figures.items()):
-        colours = ["tab:red" if name.startswith("textgen") else "tab:gray" for name in values]
-        bars = axes.barh([*values], [*values.values()], color=colours)
-        axes.bar_label(bars, fmt="{:,.3g}" if part == "first-call" else "{:,.0f}", padding=3)
-        scale = "log" if max(values.values()) > 10 * min(values.values()) else "linear"
-        axes.set(xscale=scale, xlabel=SHOWN[part], title=part)
-        axes.invert_yaxis(), axes.margins(x=0.1)
-    with atomic_path(path) as temporary:
-        picture.savefig(temporary, format="png", dpi=150)
-
 # %% ../nbs/14i_lstm_benchmark.ipynb #5c5418fd
 def summary(results: dict) -> Iterator[str]:  # lines
     "On what, and how many targets are met."
@@ -307,12 +280,12 @@ def report(results: dict, figures: Path, plot: Path, judged: bool = True):
     "Work out all figures, show them, save them and draw them; where there are none, files stay as they are."
     compare(results)
     results["targets"] = targets(results, TARGETS, AT_MOST) if judged else {}
-    show(tables(results, results["targets"]), summary(results))
+    show(part_tables(results, COLUMNS, results["targets"]), summary(results))
     shown = [one for part, rows in results.get("figures", {}).items() for one in rows.values() if SHOWN[part] in one]
     if not shown:
         return typer.echo("nothing was measured, and nothing is saved")
     keep(results, figures)
-    draw_bars(results, plot)
+    draw_bars(results, SHOWN, plot)
     typer.echo(f"plot    {plot}")
 
 # %% ../nbs/14i_lstm_benchmark.ipynb #fa9af4c5
