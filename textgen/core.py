@@ -362,6 +362,8 @@ def _put_in_place(temporary: Path, path: Path):
     "Rename, in one step; a folder that is there takes two, and is removed once the new one is in its place."
     old = temporary.with_stem(f"{temporary.stem}-old")
     if path.is_dir():
+        if not temporary.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder, and a file was to be written")
         path.rename(old)
     try:
         os.replace(temporary, path)
