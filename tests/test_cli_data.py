@@ -319,7 +319,8 @@ def test_read_only_folder(copy):
     "To look is allowed; to mend is refused in one line that names the folder."
     for name in ["fable", "stories"]: flip(one(copy, f"data/processed/{name}-*")/"train.safetensors")
     folders = [copy/"data/raw", copy/"data/processed"]
-    code = ("import filelock, os, rich.progress, sys, textgen.benchmark, textgen.corpus, textgen.data, textgen.data_commands, textgen.export, tokenizers\n"
+    code = ("import filelock, os, rich.progress, sys, textgen.corpus, textgen.data, tokenizers; from textgen.core import registered, resolve\n"
+            "[resolve('commands', name) for name in registered('commands')]\n"
             "from textgen.cli import main\nif not os.geteuid(): os.setuid(65534)\n"  # root may write anywhere: give that up
             "sys.exit(main())")
     type_it = lambda line: subprocess.run([sys.executable, "-c", code, "data", *line.split()], cwd=copy, env=environment(), capture_output=True, text=True)
