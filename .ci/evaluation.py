@@ -5,7 +5,6 @@ some minutes of one quiet core. Both programs read the same pages in turns, in o
 batch size of 1, and with 16. What is reported is the median of the rounds' ratios. The sums of surprises must agree.
 """
 import json, logging, os, statistics, sys, time, warnings
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"], os.environ["TQDM_DISABLE"] = "1", "1"
@@ -15,7 +14,7 @@ import torch
 import textgen
 from textgen.evaluate import PROTOCOLS, detokenized, evaluate, held_out, pages
 from textgen.evaluation import Report, evaluate_all, rows_of
-from textgen.fitting import machine
+from textgen.figures import machine
 
 ROUNDS, BATCHES = 3, (1, 16)
 RESULTS = Path(__file__).resolve().parent.parent/"nbs/results/evaluate.json"
@@ -55,8 +54,7 @@ def main():
     report = Report("wikitext-2", [one for one in PROTOCOLS.values() if not one.pseudo])
     evaluate_all([str(path)], texts, report, True, device="cpu")
     rows = [row | {"model": path.name} for row in rows_of(report)]
-    versions = {name: version(name) for name in ("torch", "transformers", "lm-eval")}
-    found = {"data": report.data, "machine": machine() | {"cores": os.cpu_count(), "threads": 1, "versions": versions},
+    found = {"data": report.data, "machine": machine(1, "make evaluation"),
              "evaluations": rows, "figures": {"word": race(path, texts)}}
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found["figures"], indent=1))

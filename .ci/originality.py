@@ -132,7 +132,7 @@ def measured(file, samples):
 
 
 def main():
-    from textgen.benchmark import machine
+    from textgen.figures import machine
     source = Path(os.environ["TEXTGEN_DATA"], "wikitext-2-raw")
     train, test = ((source/f"wiki.{name}.raw").read_text(encoding="utf-8") for name in ("train", "test"))
     letters, found = "abcdefghijklmnopqrstuvwxyz", {}
@@ -146,7 +146,7 @@ def main():
                 for k in range(copies): out.write(train.translate(str.maketrans(letters, letters[k:] + letters[:k])))
             found[name] = {"text MB": file.stat().st_size / 1e6, "ways": measured(file, samples)}
     found["held-out"] = originality(held, [line + "\n" for line in train.split("\n")]).figures()
-    found["samples"], found["characters of each"], found["machine"] = COUNT, LENGTH, machine(1)
+    found["samples"], found["characters of each"], found["machine"] = COUNT, LENGTH, machine(1, "make originality")
     RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

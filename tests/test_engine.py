@@ -13,7 +13,8 @@ from textgen.decoder import Decoder, DecoderConfig
 from textgen.gpt import GPT, engine_for, write
 from textgen.kernels import compiler
 from textgen.native import native_library
-from textgen.scoring import document_nll, token_nll, windows
+from textgen.rows import windows
+from textgen.scoring import document_nll, token_nll
 from textgen.slots import decode_one, lay_out, prefill
 from textgen.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 

@@ -28,21 +28,27 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperGroup
 
+from . import __version__
+
 # %% ../nbs/14_cli.ipynb #d8700c12
 class Commands(TyperGroup):
-    "Our commands and, behind them, those that the registry knows by other names: a Typer app each."
+    "Our commands and, behind them, those that the registry knows by other names: a Typer app each, loaded when needed."
 
-    def __init__(self, **settings):
+    def list_commands(self, context):
+        self.get_command(context, "")  # nobody is called so, and all are looked through
+        return [*self.commands]
+
+    def get_command(self, context, name):
         from textgen.core import registered, resolve
 
-        super().__init__(**settings)
-        others = registered("commands")
-        for name in [name for name in others if name not in self.commands]:
+        others = {} if name in self.commands else registered("commands")  # all for a mistyped word: which did it mean?
+        for other in [name] if name in others else [one for one in others if one not in self.commands]:
             try:
-                self.add_command(typer.main.get_command(resolve("commands", name)), name)
+                self.add_command(typer.main.get_command(resolve("commands", other)), other)
             except Exception as error:  # whatever another package may raise
-                reason = f"{others[name]} cannot be loaded ({type(error).__name__})"
-                typer.echo(f"the command {name!r} is left out: {reason}", err=True)
+                said = f"{other!r} is left out: {others[other]} cannot be loaded ({type(error).__name__})"
+                typer.echo(f"the command {said}", err=True)
+        return super().get_command(context, name)
 
 # %% ../nbs/14_cli.ipynb #3ad8e0f6
 app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -60,8 +66,6 @@ def _options(
     Begin with:
       textgen train demo
     """
-    from textgen import __version__
-
     if version or context.invoked_subcommand is None:
         typer.echo(f"textgen {__version__}" if version else context.get_help())
         raise typer.Exit()
@@ -70,9 +74,8 @@ def _options(
 def program() -> str:
     "How to type the name of this program, here and now."
     called = sys.argv[0]
-    if Path(called).stem != "textgen" or shutil.which("textgen") == called:  # a notebook; or found by its bare name
-        return "textgen"
-    return called
+    bare = Path(called).stem != "textgen" or shutil.which("textgen") == called  # a notebook; or found by its name
+    return "textgen" if bare else called
 
 # %% ../nbs/14_cli.ipynb #6bfc852b
 def complaint(error: Exception) -> str | None:
@@ -86,8 +89,8 @@ def complaint(error: Exception) -> str | None:
         line = re.sub(r"\btextgen (?=train|generate|data)", lambda _: f"{program()} ", " ".join(str(error).split()))
         return line if error.exit_code == 130 else f"error: {line}"
     if isinstance(error, OSError):
-        where = error.filename or "the system"
-        return f"error: {where}: {error.strerror or error}; check the path, its permissions and the disk"
+        said = f"{error.filename or 'the system'}: {error.strerror or error}"
+        return f"error: {said}; check the path, its permissions and the disk"
     return None
 
 # %% ../nbs/14_cli.ipynb #2b494934
@@ -101,8 +104,7 @@ def main(
     try:
         code = app(words, prog_name=program(), standalone_mode=False) or 0
     except Exception as error:
-        line = None if debug else complaint(error)
-        if line is None:
+        if debug or not (line := complaint(error)):
             raise
         typer.echo(line, err=True)
         return getattr(error, "exit_code", 1)
@@ -386,8 +388,7 @@ def guessing(generator, lookup: bool, draft_model: str | None, **options):
     if not (hasattr(generator, "drafts") and (lookup or hasattr(getattr(smaller, "decoder", None), "caches"))):
         raise UsageError("--lookup and --draft-model are for decoders, and not both models are; leave them out")
     if smaller.tokenizer.pieces != generator.tokenizer.pieces:
-        raise UsageError(f"--draft-model {draft_model}: its tokens are not the tokens of the model; "
-                         "take one of the same family")
+        raise UsageError(f"--draft-model {draft_model}: its tokens are not the tokens of the model; take a relative")
     generator.drafts = Lookup() if lookup else DraftModel(smaller.decoder, weights=smaller.weights)
 
 # %% ../nbs/14_cli.ipynb #c1b7fe88
@@ -404,11 +405,10 @@ def typed(
     if "logit_bias" in given:
         given["logit_bias"] = dict(pair.split("=", 1) for pair in given["logit_bias"])
     if "json_schema" in given:
-        path = given["json_schema"]
         try:
-            given["json_schema"] = json.loads(Path(path).read_bytes())
+            given["json_schema"] = json.loads(Path(given["json_schema"]).read_bytes())
         except ValueError as error:
-            raise UsageError(f"--json-schema {path}: not JSON ({error}); mend the file") from None
+            raise UsageError(f"--json-schema {given['json_schema']}: not JSON ({error}); mend the file") from None
     return given
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'INSIDE', 'RULES', 'SIZES', 'FIGURES', 'Protocol', 'find_protocol', 'settled', 'detokenized', 'pages',
-           'sizes', 'token_surprises', 'Evaluation', 'interval', 'resamples', 'document_surprises', 'in_pieces',
-           'evaluate', 'paired', 'held_out']
+           'sizes', 'token_surprises', 'Evaluation', 'interval', 'middle', 'resamples', 'document_surprises',
+           'in_pieces', 'evaluate', 'paired', 'held_out']
 
 # %% ../nbs/09_evaluate.ipynb #359be9c0
 import math
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from .core import UsageError, parse, suggest
 from .data import with_bar
 from .generator import Judge
-from .rows import windows
+from .rows import by_windows
 from .sources import documents, read_source
 
 # %% ../nbs/09_evaluate.ipynb #a16388fa
@@ -124,22 +124,24 @@ def sizes(text: str) -> tuple[int, int, int]:  # words as lm-eval counts them, b
 # %% ../nbs/09_evaluate.ipynb #aeb8de22
 def token_surprises(
     model: Judge,
-    rows: list,  # of at least 2 token ids each
+    rows: list,  # of token ids
     protocol: Protocol,  # settled
     progress: bool = False,  # show a bar
-) -> list[np.ndarray]:  # of each row, (its length - 1,) nats
+) -> list[np.ndarray]:  # of each row, (its length - 1,) nats; nothing of an empty one
     "How surprising each token of some rows is but the first, in a protocol's windows."
-    found, L = [np.zeros(len(row) - 1, np.float32) for row in rows], protocol.context or max(map(len, rows))
-    stride = protocol.stride if protocol.context else L
-    cuts = [(n, *cut) for n, row in enumerate(rows) for cut in windows(len(row), L, stride, protocol.full)]
-    length = lambda cut: min(L, len(rows[cut[0]]) - 1 - cut[1])
-    cuts.sort(key=length, reverse=True)
-    groups = np.split(np.arange(len(cuts)), np.flatnonzero(np.diff(np.cumsum([*map(length, cuts)]) // 2**15)) + 1)
-    for group in with_bar(groups, len, "reading", len(cuts), progress):
-        some = [cuts[i] for i in group]
-        for (n, begin, first), nats in zip(some, model.surprises([rows[n][b : b + L + 1] for n, b, _ in some])):
-            found[n][begin + first : begin + len(nats)] = nats[first:]
-    return found
+    longest = max([len(row) - 1 for row in rows], default=1)
+    L, stride = (protocol.context, protocol.stride) if protocol.context else (max(1, longest),) * 2
+
+    def score(rows):  # in groups of similar length
+        order, found = sorted(range(len(rows)), key=lambda i: -len(rows[i])), [None] * len(rows)
+        sizes = np.cumsum([len(rows[i]) for i in order])
+        groups = np.split(np.array(order, int), np.flatnonzero(np.diff(sizes // 2**15)) + 1)
+        for group in with_bar(groups, len, "reading", len(rows), progress):
+            for i, nats in zip(group, model.surprises([rows[i] for i in group])):
+                found[i] = nats
+        return found
+
+    return by_windows(score, rows, L, stride, protocol.full)
 
 # %% ../nbs/09_evaluate.ipynb #b256c953
 FIGURES = {"token": "perplexity", "word": "word_perplexity", "byte": "bits_per_byte", "char": "bits_per_char"}
@@ -175,6 +177,11 @@ def interval(
 ) -> tuple[float, float]:
     "Where a figure would lie for other documents of the kind: the percentile bootstrap (Efron 1979)."
     found = [one.figure(weights=weights) for weights in resamples(len(one.nats), count, seed)]
+    return middle(found, share)
+
+
+def middle(found: list[float], share: float) -> tuple[float, float]:
+    "Where so large a share of some numbers lies, with as many below as above."
     low, high = np.quantile(found, [(1 - share) / 2, (1 + share) / 2])
     return float(low), float(high)
 
@@ -192,18 +199,14 @@ def document_surprises(
     "How surprising each document's tokens are."
     begin, given = [] if model.start_id is None else [model.start_id], np.zeros((2, len(texts)))
     ids = model.tokenizer.encode_batch([detokenized(text) if protocol.detokenizer else text for text in texts])
-    rows, ends = [[*begin, *row] for row in ids], np.cumsum([len(row) for row in ids])
-    if protocol.unit == "text":
-        rows = [[*begin, *(id for row in ids for id in row)]]
-    found = [i for i, row in enumerate(rows) if len(row) > 1]
-    each = [np.zeros(0, np.float32) for _ in rows]
-    for i, nats in zip(found, token_surprises(model, [rows[i] for i in found], protocol, progress) if found else ()):
-        each[i] = nats
+    ends, whole = np.cumsum([len(row) for row in ids]), protocol.unit == "text"
+    rows = [[*begin, *row] for row in ([[id for row in ids for id in row]] if whole else ids)]
+    each = token_surprises(model, rows, protocol, progress)
     if not begin:
         for i, row in enumerate(rows):
             first = model.tokenizer.decode(row[:1])
             given[:, i] = len(first.encode()), len(first)
-    if protocol.unit == "text":
+    if whole:
         each = np.split(each[0], ends[:-1] - (not begin))
     return each, given
 
@@ -269,8 +272,7 @@ def paired(
                          "use one protocol for both")
     differ = lambda weights=None: one.figure(weights=weights) - other.figure(weights=weights)
     found = [differ(weights) for weights in resamples(len(one.nats), count, seed)]
-    low, high = np.quantile(found, [(1 - share) / 2, (1 + share) / 2])
-    return float(differ()), float(low), float(high)
+    return float(differ()), *middle(found, share)
 
 # %% ../nbs/09_evaluate.ipynb #d03029af
 def held_out(

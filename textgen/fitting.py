@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Single', 'Progress', 'Training', 'text_of', 'enough_rows', 'cut_documents', 'judge', 'checkpoints', 'diverged',
-           'write_model', 'Interrupted', 'read_losses', 'fit', 'Lasting', 'machine', 'products_a_second',
+           'write_model', 'Interrupted', 'read_losses', 'fit', 'Lasting', 'processor', 'machine', 'products_a_second',
            'process_memory', 'Measured']
 
 # %% ../nbs/08d_fitting.ipynb #301b6fa0
@@ -189,11 +189,19 @@ class Lasting(Training):
         raise NotImplementedError
 
 # %% ../nbs/08d_fitting.ipynb #b57ae359
+def processor() -> str:
+    "What the processor calls itself."
+    with contextlib.suppress(OSError, IndexError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return [line.partition(":")[2].strip() for line in lines if line.startswith("model name")][0]
+    return platform.processor() or platform.machine()
+
+
 def machine() -> dict:
     "The processor and the Python that a run was measured on; kinds of models add theirs."
-    return {"processor": platform.machine(), "python": platform.python_version()}
+    return {"processor": processor(), "python": platform.python_version()}
 
-
+# %% ../nbs/08d_fitting.ipynb #b011dae2
 def products_a_second(
     multiply: Callable,  # multiplies two squares four times, and waits for the last one
     size: int,  # of the squares

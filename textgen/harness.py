@@ -23,11 +23,12 @@ def continuations(
     progress: bool = False,  # show a bar
 ) -> list[tuple[float, bool]]:  # log-likelihood of each, and whether it is the greedy one
     "How likely continuations are."
-    L, order = model.context_length or sys.maxsize, sorted(range(len(pairs)), key=lambda i: -len(sum(pairs[i], [])))
-    found, groups = [None] * len(pairs), [order[i : i + 64] for i in range(0, len(order), 64)]
+    L = model.context_length or sys.maxsize
+    rows, found = [[*context, *new][-(L + 1) :] for context, new in pairs], [None] * len(pairs)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    groups = [order[i : i + 64] for i in range(0, len(order), 64)]
     for group in with_bar(groups, len, "reading", len(pairs), progress):
-        rows = [sum(pairs[i], [])[-(L + 1) :] for i in group]
-        for i, told in zip(group, model.surprises(rows, ranks=True)):
+        for i, told in zip(group, model.surprises([rows[i] for i in group], ranks=True)):
             nats, places = told[:, -len(pairs[i][1]) :]
             found[i] = -float(nats.sum(dtype=np.float64)), bool((places == 1).all())
     return found
@@ -37,9 +38,8 @@ def rolling(model, requests, progress: bool = False) -> list[float]:  # log-like
     "How likely whole texts are, in windows that lie side by side, the last one full."
     begin = [] if model.start_id is None else [model.start_id]  # else a text's first token is given, not predicted
     rows = [[*begin, *model.tokenizer.encode(request.args[0])] for request in requests]
-    some = [row for row in rows if len(row) > 1]
-    nats = iter(token_surprises(model, some, settled(PROTOCOLS["word"], model), progress) if some else ())
-    return [-float(next(nats).sum(dtype=np.float64)) if len(row) > 1 else 0.0 for row in rows]
+    each = token_surprises(model, rows, settled(PROTOCOLS["word"], model), progress)
+    return [-float(nats.sum(dtype=np.float64)) for nats in each]
 
 
 

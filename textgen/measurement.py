@@ -16,7 +16,6 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
@@ -27,9 +26,9 @@ from .batch import find_prompts
 from .cli import open_model
 from .core import TextgenError, UsageError, atomic_path, counted, registered, resolve
 from .data import with_bar
-from .figures import keep, read_names, reporting, show
+from .evaluation import options_of
+from .figures import keep, machine, read_names, reporting, show
 from .files import kind_of, read_blocks
-from .fitting import machine
 from .originality import Checked, TrainingText, marked, originality
 from .quality import NotGiven, known_options, measure
 from .runs import read_config
@@ -317,11 +316,7 @@ def facts(column: Column) -> dict:  # what JSON takes
 
 def record(report: Report, asked: dict) -> dict:
     "All that is saved."
-    versions = {}
-    for name in ("textgen", "numpy", "sacrebleu", "pydivsufsort", "mauve-text"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return {"asked": asked, "machine": {**machine(), "versions": versions},
+    return {"asked": asked, "machine": machine(),
             "files": [facts(column) for column in report.files],
             "references": facts(report.references) if report.references else None,
             "not measured": {**report.left_out, **report.lost}}
@@ -345,8 +340,7 @@ def training_text(data: str, root="data") -> Iterator[str]:
     "The documents that a model was trained on; raises UsageError at once for what is not there."
     if Path(data, "config.yaml").is_file():
         config = read_config(data)
-        known = {"val_fraction": config.val_fraction, "clean": config.clean, **config.data_options}
-        return documents(read_source(config.data, root, **known).blocks("train"))
+        return documents(read_source(config.data, root, **options_of(config)).blocks("train"))
     own = data not in DATASETS and (os.path.exists(os.path.expanduser(data)) or glob.has_magic(data))
     source = read_source(data, root)
     return (text for split in (source.splits if own else ["train"]) for text in documents(source.blocks(split)))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from . import choosing
 from .core import UsageError
-from .rows import windows
+from .rows import by_windows
 from .slots import evaluating, padded
 
 # %% ../nbs/06f_scoring.ipynb #5fb45bcf
@@ -63,12 +63,7 @@ def token_nll(
         raise UsageError(f"windows of {length} tokens with a stride of {stride} cannot be; the model reads up to "
                          f"{context} tokens, and the stride is from 1 to the window's length")
     ids = np.asarray(ids) if prefix is None else np.concatenate([[prefix], ids])
-    cuts = list(windows(len(ids), length, stride)) if len(ids) > 1 else []
-    nats = np.zeros(max(0, len(ids) - 1), np.float32)
-    scores = surprises(decoder, [ids[begin : begin + length + 1] for begin, _ in cuts], batch_size)
-    for (begin, first), row in zip(cuts, scores):
-        nats[begin + first : begin + len(row)] = row[first:]
-    return nats
+    return by_windows(lambda rows: surprises(decoder, rows, batch_size), [ids], length, stride)[0]
 
 # %% ../nbs/06f_scoring.ipynb #deeacf98
 def document_nll(
@@ -78,13 +73,7 @@ def document_nll(
     batch_size: int = 32,  # documents, or windows of them, read at once
 ) -> np.ndarray:  # (documents,) float64 nats
     "How surprising each document is, from a fresh start."
-    L, rows, cuts = decoder.config.n_positions, [], []
-    for number, ids in enumerate(documents):
-        ids = np.asarray(ids) if prefix is None else np.concatenate([[prefix], ids])
-        for begin, first in windows(len(ids), L, max(1, L // 2)) if len(ids) > 1 else ():
-            rows.append(ids[begin : begin + L + 1])
-            cuts.append((number, first))
-    nats = np.zeros(len(documents))
-    for (number, first), row in zip(cuts, surprises(decoder, rows, batch_size)):
-        nats[number] += row[first:].sum(dtype=np.float64)
-    return nats
+    L, begin = decoder.config.n_positions, [] if prefix is None else [prefix]
+    rows = [np.concatenate([begin, ids]).astype(np.int64) for ids in documents]
+    found = by_windows(lambda rows: surprises(decoder, rows, batch_size), rows, L, max(1, L // 2))
+    return np.array([nats.sum(dtype=np.float64) for nats in found])
