@@ -141,6 +141,12 @@ typedef float v16 LANES(64);
 typedef int32_t i16 LANES(64);
 #define AT(p) (*(v16 *)(p))  /* sixteen floats from p on */
 INLINE v16 either(i16 yes, v16 a, v16 b) { return (v16)((yes & (i16)a) | (~yes & (i16)b)); }
+INLINE v16 larger(v16 a, v16 b) {  /* b, where one of them is no number */
+#ifdef __AVX512F__
+    return (v16)_mm512_max_ps((__m512)a, (__m512)b);
+#endif
+    return either(a > b, a, b);
+}
 INLINE float total(v16 x) {
     for (int half = 8; half; half /= 2)
         for (int j = 0; j < half; j++) x[j] += x[j + half];
@@ -193,19 +199,18 @@ INLINE v16 fold(v16 sum, v16 w, const float *x, const int bytes) {  /* sum + w *
 SOURCE.append(r"""
 /* A row x (n, and room for UP(n, 16)) becomes whole numbers of 16 bits, and behind their pairs what 1 is worth. */
 void to_steps(float *x, int64_t n) {
-    v16 most = {}, sum = {}, half = (v16){} + 0.5f;
+    v16 most = {}, sum = {};
     for (int64_t i = n; i < UP(n, 16); i++) x[i] = 0;
     for (int64_t i = 0; i < n; i += 16) {
         v16 size = (v16)((i16)AT(x + i) & 0x7FFFFFFF);
-        most = either(size > most, size, most);
+        most = larger(size, most);
         sum += size;
     }
     float step = total(sum) / (16.8e6f - n), least = largest(most) / 32700 + 1e-30f;
     if (step < least) step = least;  /* NaN stays NaN */
     for (int64_t i = 0; i < n; i += 16) {
-        v16 z = AT(x + i) / step;
-        z += either(z < 0, -half, half);
-        *(s16 *)((int16_t *)x + i) = __builtin_convertvector(__builtin_convertvector(z, i16), s16);
+        v16 z = AT(x + i) / step + 12582912;  /* its last 16 bits are the whole number */
+        *(s16 *)((int16_t *)x + i) = __builtin_convertvector((i16)z, s16);
     }
     x[(n + 1) / 2] = step;
 }
@@ -372,14 +377,11 @@ def linear(
 SOURCE.append(r"""
 /* The polynomial is that of Cephes (Moshier 1992). */
 INLINE v16 exp16(v16 x) {
-    const v16 low = (v16){} - 87, high = (v16){} + 88, half = (v16){} + 0.5f;
-    x = either(x < low, low, either(x > high, high, x));
-    v16 z = x * 1.44269504f;
-    i16 n = __builtin_convertvector(z + either(z < 0, -half, half), i16);
-    v16 m = __builtin_convertvector(n, v16), f = x - m * 0.693359375f + m * 2.12194440e-4f;
+    x = -larger((v16){} - 88, -larger((v16){} - 87, x));  /* beyond, 2 to the power of n is no float */
+    v16 z = x * 1.44269504f + 12582912, n = z - 12582912, f = x - n * 0.693359375f + n * 2.12194440e-4f;
     v16 p = ((1.9875691500e-4f * f + 1.3981999507e-3f) * f + 8.3334519073e-3f) * f + 4.1665795894e-2f;
     p = ((p * f + 1.6666665459e-1f) * f + 5.0000001201e-1f) * f * f + f + 1;
-    return (v16)((i16)p + (n << 23));
+    return (v16)((i16)p + ((i16)z << 23));
 }
 """)
 
@@ -436,9 +438,8 @@ void softmax(float *w, int64_t ws, int64_t rows, int64_t at, int64_t each, float
     for (int64_t r = 0; r < rows; r++, w += ws) {
         int64_t seen = at + r / each + 1, border = seen / 16 * 16, s;
         v16 sum = {}, best = none;
-        for (s = 0; s < border; s += 16) best = either(AT(w + s) > best, AT(w + s), best);
-        if (border < seen) AT(w + s) = either(lane + (float)s < (float)seen, AT(w + s), none);
-        if (border < seen) best = either(AT(w + s) > best, AT(w + s), best);
+        for (s = 0; s < border; s += 16) best = larger(AT(w + s), best);
+        if (border < seen) best = larger(AT(w + s) = either(lane + (float)s < (float)seen, AT(w + s), none), best);
         float below = largest(best) * scale;
         for (s = 0; s < border; s += 16) sum += AT(w + s) = exp16(AT(w + s) * scale - below);
         if (border < seen)  /* e to the power of minus infinity is no 0 here */
