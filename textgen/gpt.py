@@ -119,7 +119,14 @@ def reader_for(
     costs = (0 if library_path(PARTS).is_file() else 5) + (0 if ready else size / 1e9)
     if model.compile is not True and model.saved < costs or not (packed := packed_decoder(model)):
         return None
-    return lambda ids: native_decode(NativeSlots(packed, *ids.shape), ids, torch.zeros(len(ids), dtype=torch.int64))
+    kept = [NativeSlots(packed, 1, length)]
+
+    def read(ids):
+        if len(ids) > kept[0].slots or ids.shape[1] > kept[0].length:
+            kept[0] = NativeSlots(packed, *ids.shape)
+        return native_decode(kept[0], ids, torch.zeros(len(ids), dtype=torch.int64))
+
+    return read
 
 # %% ../nbs/07f_gpt.ipynb #b35bbfbc
 class InTorch(TextGenerator):
