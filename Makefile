@@ -45,7 +45,7 @@ standing: .venv/made-dev  ## train the LSTM and the decoder side by side for cha
 benchmark: .venv/made-dev  ## measure the data pipeline beside datasets, tiktoken and torch's DataLoader (needs TEXTGEN_DATA and 4 GB of disk)
 	@$(BIN)/textgen benchmark data --output nbs/results && rm nbs/results/data.png
 
-training: .venv/made-dev  ## measure training beside nanoGPT's settings (half an hour on one quiet core; needs TEXTGEN_DATA)
+training: .venv/made-dev  ## measure training beside nanoGPT's settings (three quarters of an hour on one quiet core; needs TEXTGEN_DATA)
 	@$(BIN)/textgen benchmark train --output nbs/results && rm nbs/results/train.png
 
 lstm: .venv/made-dev  ## measure recurrent models beside the ways that tutorials teach (some minutes on one quiet core)
